@@ -1,0 +1,131 @@
+"""The networks of the three training scripts: policies A, B, C, D with their critics, and the novelty networks.
+
+A policy reads the last four frames as uint8 and divides by 256 itself; a novelty network reads floats that the script
+has already normalised. Every layer starts orthogonal with zero bias. Layers and gains follow the architecture diagrams
+of SND's author; see also Burda et al. 2018 (RND, arXiv 1810.12894) and Pecháč et al. 2023 (SND, arXiv 2302.11563).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+SQRT2 = 2**0.5  # orthogonal gain that keeps the variance through ReLU and ELU layers
+
+
+def init(layer: nn.Conv2d | nn.Linear, gain: float = SQRT2) -> nn.Conv2d | nn.Linear:
+    """Give `layer` orthogonal weights of the given gain and a zero bias; returns the layer itself."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
+    """A convolution with the padding that the trunks share: 2 for 8×8 / 4, 1 for 3×3, none for D's 8×8 / 8 patches."""
+    padding = {(8, 4): 2, (8, 8): 0, (3, 1): 1, (3, 2): 1}[kernel, stride]
+    return init(nn.Conv2d(inputs, outputs, kernel, stride, padding))
+
+
+class SelfAttention(nn.Module):
+    """Model D's block: x + relu(1×1 conv(single-head self-attention(x))) over the cells of a feature map.
+
+    The cells of (batch, channels, height, width) are the tokens; scores are scaled by 1/sqrt(channels).
+    """
+
+    def __init__(self, channels: int = 128):
+        super().__init__()
+        self.query = init(nn.Linear(channels, channels))
+        self.key = init(nn.Linear(channels, channels))
+        self.value = init(nn.Linear(channels, channels))
+        self.conv = init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> the same shape."""
+        tokens = x.flatten(2).transpose(1, 2)  # (batch, height * width, channels)
+        mixed = F.scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))
+        return x + F.relu(self.conv(mixed.transpose(1, 2).unflatten(2, x.shape[2:])))
+
+
+class ActorCritic(nn.Module):
+    """One shared trunk, an actor, and a critic with a value head per reward stream.
+
+    Args:
+        model: "A", "B", "C" or "D".
+        num_actions: actions of the game.
+        num_values: reward streams (2 for RND and SND: extrinsic, intrinsic; 3 for SND + entropy).
+        critic_hidden_gain: orthogonal gain of the critic's hidden layer (√2 in the variants b1, b3 and c1).
+    """
+
+    def __init__(self, model: str, num_actions: int, num_values: int, critic_hidden_gain: float = 0.1):
+        super().__init__()
+        relu, flatten = nn.ReLU(), nn.Flatten()
+        if model == "A":  # 96 -> 24 -> 12 -> 12 pixels
+            width = 448
+            trunk = [conv(4, 32, 8, 4), relu, conv(32, 64, 3, 2), relu, conv(64, 64, 3, 1), relu, flatten]
+            trunk += [init(nn.Linear(64 * 12 * 12, width)), relu, init(nn.Linear(width, width)), relu]
+        elif model == "B":  # 96 -> 24 -> 12 -> 12
+            width = 800
+            trunk = [conv(4, 64, 8, 4), relu, conv(64, 64, 3, 2), relu, conv(64, 128, 3, 1), relu, flatten]
+            trunk += [init(nn.Linear(128 * 12 * 12, width)), relu]
+        elif model == "C":  # 96 -> 48 -> 24 -> 12 -> 12
+            width = 512
+            trunk = [conv(4, 32, 3, 2), relu, conv(32, 64, 3, 2), relu, conv(64, 64, 3, 2), relu]
+            trunk += [conv(64, 128, 3, 1), relu, flatten, init(nn.Linear(128 * 12 * 12, width)), relu]
+        elif model == "D":  # 96 -> 12 x 12 = 144 tokens of 128
+            width = 512
+            trunk = [conv(4, 128, 8, 8), relu, SelfAttention(128), SelfAttention(128), flatten]
+            trunk += [init(nn.Linear(128 * 12 * 12, width)), relu]
+        else:
+            raise ValueError(f"model must be A, B, C or D, not {model!r}")
+        self.trunk = nn.Sequential(*trunk)
+        self.actor = nn.Sequential(init(nn.Linear(width, width), 0.01), relu, init(nn.Linear(width, num_actions), 0.01))
+        self.critic_hidden = init(nn.Linear(width, width), critic_hidden_gain)
+        self.critic_residual = model == "A"
+        self.values = init(nn.Linear(width, num_values), 0.01)  # row i is the one-output layer of head i
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs (batch, 4, 96, 96) uint8 -> logits (batch, num_actions) and values (batch, num_values), float32."""
+        # uint8 / 256 is exact in bfloat16 too, so under autocast the frames never exist as float32.
+        device = obs.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        features = self.trunk(obs.to(dtype, memory_format=torch.channels_last) / 256)
+        hidden = self.critic_hidden(features)
+        hidden = F.relu(hidden) + hidden if self.critic_residual else F.relu(hidden)
+        return self.actor(features).float(), self.values(hidden).float()
+
+
+def novelty_convs(frames: int) -> list[nn.Module]:
+    """The three ELU convolutions of every novelty network: (batch, frames, 96, 96) -> (batch, 9216)."""
+    elu = nn.ELU()
+    return [conv(frames, 32, 8, 4), elu, conv(32, 64, 3, 2), elu, conv(64, 64, 3, 1), elu, nn.Flatten()]
+
+
+class Target(nn.Sequential):
+    """The network to imitate: frozen in RND, trained by the contrastive loss in SND.
+
+    Input (batch, 1, 96, 96) float32, the newest frame, normalised; output (batch, 512).
+    """
+
+    def __init__(self):
+        super().__init__(*novelty_convs(1), init(nn.Linear(64 * 12 * 12, 512)))
+
+
+class Predictor(nn.Sequential):
+    """The imitator, two layers deeper than the target.
+
+    Input (batch, 1, 96, 96) float32, the newest frame, normalised; output (batch, 512).
+    """
+
+    def __init__(self):
+        head = [init(nn.Linear(64 * 12 * 12, 512)), nn.ELU(), init(nn.Linear(512, 512)), nn.ELU()]
+        super().__init__(*novelty_convs(1), *head, init(nn.Linear(512, 512)))
+
+
+class EntropyEncoder(nn.Sequential):
+    """Features of a state for the entropy stream of SND + entropy.
+
+    Input (batch, 4, 96, 96) float32, all four frames / 256; output (batch, 256).
+    """
+
+    def __init__(self):
+        super().__init__(*novelty_convs(4), init(nn.Linear(64 * 12 * 12, 256)))

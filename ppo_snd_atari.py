@@ -1,0 +1,1079 @@
+"""PPO with self-supervised (siamese) network distillation (SND) for hard-exploration Atari games, in one file.
+
+    python ppo_snd_atari.py --env-id MontezumaRevengeNoFrameskip-v4
+    python ppo_snd_atari.py --env-id ALE/Venture-v5 --model A --num-envs 32 --seed 2
+    python ppo_snd_atari.py --resume runs/NAME
+
+As in RND, a predictor imitates a target network and its error is the intrinsic reward. Here the target learns too: a
+contrastive loss pulls two augmented views of one state together and pushes different states apart, so that novelty
+does not vanish as the predictor learns. What makes it work:
+
+1. two value heads with their own discounts; the intrinsic stream flows on across the ends of episodes;
+2. frames minus their running mean, divided by their running deviation, clamped to +-1, then augmented;
+3. the distillation loss keeps a random share of the feature elements, which slows the predictor down;
+4. advantages are 2 x extrinsic + 1 x intrinsic, not normalised, and the intrinsic reward is not divided by its std;
+5. the row that resets an episode is not experience: no loss and no statistic sees it.
+
+Papers: Pecháč et al. 2023 (SND, arXiv 2302.11563); Burda et al. 2018 (RND, arXiv 1810.12894).
+"""
+
+import ctypes
+import difflib
+import fcntl
+import importlib.util
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from models import ActorCritic, Predictor, Target
+
+SCRIPT = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    # the run
+    seed: int = 1
+    """seed of the environments, the networks and the sampling"""
+    torch_deterministic: bool = True
+    """on a GPU, let cuDNN use only deterministic kernels"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    compile: bool = False
+    """compile the networks with torch.compile (on a GPU with CUDA graphs); takes a minute at the start"""
+    bf16: bool = True
+    """run the policy in bfloat16 where the hardware multiplies it fast; the novelty networks stay in float32"""
+    track: bool = False
+    """also send the metrics to Weights and Biases"""
+    wandb_project_name: str = "distillation-exploration"
+    """project of Weights and Biases"""
+    wandb_entity: str | None = None
+    """team of Weights and Biases"""
+    run_name: str | None = None
+    """folder of the run below runs/ (default: game__script__seed__time)"""
+    resume: str | None = None
+    """folder of a run to go on with, e.g. runs/NAME; its saved arguments apply, only --total-timesteps may be raised"""
+    checkpoint_interval: int = 100
+    """iterations between two checkpoints (one is also written at the start, at the end and when stopped)"""
+
+    # the environment
+    env_id: str = "MontezumaRevengeNoFrameskip-v4"
+    """the game: MontezumaRevengeNoFrameskip-v4, ALE/MontezumaRevenge-v5 and MontezumaRevenge-v5 mean the same"""
+    env_backend: Literal["envpool", "gymnasium"] = "envpool"
+    """emulators in C++ threads (envpool), or one process each where envpool has no wheel (gymnasium)"""
+    total_timesteps: int = 128_000_000
+    """agent steps of the whole run, all environments together (4 emulator frames each)"""
+    num_envs: int = 128
+    """games played side by side"""
+    repeat_action_probability: float = 0.25
+    """sticky actions: the chance, at each emulator frame, that the last action is repeated; in [0, 1]"""
+    episodic_life: bool = False
+    """let the loss of a life end the learner's episode (the game and its score go on)"""
+
+    # PPO
+    model: Literal["A", "B", "C", "D"] = "C"
+    """architecture of policy and value, see models.py"""
+    learning_rate: float = 1e-4
+    """learning rate of every Adam optimiser, constant"""
+    num_steps: int = 128
+    """steps of each environment between two updates"""
+    gamma: float = 0.998
+    """discount of the game's reward; in [0, 1]"""
+    int_gamma: float = 0.99
+    """discount of the intrinsic reward; in [0, 1]"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation; in [0, 1]"""
+    num_minibatches: int = 32
+    """minibatches an epoch; must divide num_envs x num_steps"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    clip_coef: float = 0.1
+    """PPO's clip range of the probability ratio"""
+    ent_coef: float = 0.001
+    """coefficient of the policy's entropy bonus"""
+    vf_coef: float = 0.5
+    """coefficient of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the policy network's gradient"""
+    ext_coef: float = 2.0
+    """advantage coefficient of the game's reward; 0 trains without any reward of the game"""
+    int_coef: float = 1.0
+    """advantage coefficient of the intrinsic reward; 0 trains without it"""
+    critic_hidden_gain: float = 0.1
+    """orthogonal gain of the critic's hidden layer"""
+
+    # novelty
+    norm_obs: Literal["none", "mean", "mean-std"] = "mean-std"
+    """normalisation of the novelty networks' frame: as is, minus the mean, or also divided by std and clamped to +-1"""
+    norm_init_steps: int = 256
+    """random steps of each environment that start the frame statistics before training"""
+    norm_int_reward: bool = False
+    """divide the intrinsic reward by the running std of its discounted sum"""
+    int_reward_scale: float = 0.5
+    """the intrinsic reward is this times the mean squared error of the 512 features, clipped to [0, 1]"""
+    int_episodic: bool = False
+    """cut the intrinsic return at the end of an episode"""
+    update_proportion: float | None = None
+    """share of the distillation loss's elements that is kept, in (0, 1] (default: min(1, 32 / num_envs))"""
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End the program with one line on standard error."""
+    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot be trained, before anything is built; exit status 2."""
+    game_of(args)
+    for name, least in MINIMUM.items():
+        if not least <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a finite number of at least {least}")
+    for name in PROBABILITIES:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            fail(f"--{name.replace('_', '-')} {value}: must be in [0, 1]")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm", "update_proportion"):
+        if getattr(args, name) == 0:
+            fail(f"--{name.replace('_', '-')} 0: must be larger than 0")
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches:
+        fail(
+            f"--num-minibatches {args.num_minibatches}: must divide --num-envs x --num-steps = "
+            f"{args.num_envs} x {args.num_steps} = {batch_size}"
+        )
+    if args.total_timesteps < batch_size:
+        fail(
+            f"--total-timesteps {args.total_timesteps}: must be at least one iteration, "
+            f"--num-envs x --num-steps = {batch_size}"
+        )
+    if args.run_name is not None and (not args.run_name or Path(args.run_name).is_absolute() or ".." in args.run_name):
+        fail(f"--run-name {args.run_name!r}: must be a folder below runs/")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights and Biases: pip install wandb")
+
+
+# Smallest allowed values; and the arguments that are probabilities or discounts.
+MINIMUM = dict(seed=0, checkpoint_interval=1, total_timesteps=1, num_envs=1, num_steps=1, num_minibatches=1)
+MINIMUM |= dict(update_epochs=1, learning_rate=0, clip_coef=0, ent_coef=0, vf_coef=0, max_grad_norm=0, ext_coef=0)
+MINIMUM |= dict(int_coef=0, critic_hidden_gain=0, norm_init_steps=0, int_reward_scale=0)
+PROBABILITIES = ["repeat_action_probability", "gamma", "int_gamma", "gae_lambda", "update_proportion"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment
+# ---------------------------------------------------------------------------------------------------------------------
+
+BACKEND_PACKAGES = {"envpool": ("envpool",), "gymnasium": ("ale_py", "cv2")}
+BACKEND_INSTALL = {"envpool": "envpool==1.2.5", "gymnasium": "gymnasium ale-py opencv-python"}
+
+
+def game_of(args: Args) -> str:
+    """The game's name in EnvPool's spelling (MontezumaRevenge); exit status 2 if there is no such game or backend."""
+    if not all(importlib.util.find_spec(package) for package in BACKEND_PACKAGES[args.env_backend]):
+        other = "gymnasium" if args.env_backend == "envpool" else "envpool"
+        fail(
+            f"--env-backend {args.env_backend} is not installed: pip install {BACKEND_INSTALL[args.env_backend]} "
+            f"(or use --env-backend {other})"
+        )
+    games = list(rom_names(args.env_backend))
+    match = re.fullmatch(r"(\w+?)NoFrameskip-v4|(?:ALE/)?(\w+)-v5", args.env_id)
+    name = match and (match[1] or match[2])
+    if name in games:
+        return name
+    near = difflib.get_close_matches(name or re.sub(r"^ALE/|-v\d$", "", args.env_id), games, n=3, cutoff=0.5)
+    near = [f"{game}NoFrameskip-v4" for game in near or ["MontezumaRevenge"]]
+    fail(f"--env-id {args.env_id}: no Atari game of that name; did you mean {' or '.join(near)}?")
+
+
+def rom_names(backend: str) -> dict[str, str]:
+    """{game: rom} of a backend, for instance {"MontezumaRevenge": "montezuma_revenge"}."""
+    if backend == "envpool":
+        from envpool.atari.registration import atari_game_list as roms
+    else:
+        from ale_py.roms import get_all_rom_ids
+
+        roms = get_all_rom_ids()
+    return {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms}
+
+
+class AtariGame(gymnasium.Env):
+    """One game of ale-py under EnvPool's protocol, for the gymnasium backend.
+
+    Observation (4, 96, 96) uint8: grayscale, area resize, frame skip 4 with the maximum of the last two frames, the
+    newest frame last; after a reset all four are the first frame. `info` has EnvPool's `ram` (128,) uint8, `reward`
+    (the true score) and `terminated` (the game is over, not only a life).
+    """
+
+    def __init__(self, rom: str, seed: int, repeat_action_probability: float, episodic_life: bool):
+        import ale_py
+        import cv2
+
+        cv2.setNumThreads(1)
+        self.resize = partial(cv2.resize, dsize=(96, 96), interpolation=cv2.INTER_AREA)
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        self.ale = ale_py.ALEInterface()
+        self.ale.setInt("random_seed", seed)
+        self.ale.setFloat("repeat_action_probability", repeat_action_probability)
+        self.ale.loadROM(ale_py.roms.get_rom_path(rom))
+        self.actions = self.ale.getMinimalActionSet()
+        self.has_fire = ale_py.Action.FIRE in self.actions
+        self.episodic_life, self.rng, self.elapsed_steps = episodic_life, np.random.default_rng(seed), MAX_EPISODE_STEPS
+        self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)
+        self.obs = np.zeros((4, 96, 96), np.uint8)
+        self.observation_space = gymnasium.spaces.Box(0, 255, self.obs.shape, np.uint8)
+        self.action_space = gymnasium.spaces.Discrete(len(self.actions))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Up to 30 no-ops, then FIRE if the game has it; after a lost life with episodic_life the game goes on."""
+        new_game = self.ale.game_over() or self.elapsed_steps >= MAX_EPISODE_STEPS or not self.episodic_life
+        if new_game:
+            self.ale.reset_game()
+            self.elapsed_steps = 0
+        for _ in range(self.rng.integers(30) + 1 - self.has_fire):
+            self.ale.act(0)
+            if self.ale.game_over():
+                self.ale.reset_game()
+                new_game = True
+        if self.has_fire:
+            self.ale.act(1)
+        self.lives = self.ale.lives()
+        self.ale.getScreenGrayscale(self.screens[0])
+        self.push_frame(self.screens[0], whole_stack=new_game)
+        return self.obs.copy(), {"ram": self.ale.getRAM(), "reward": 0.0, "terminated": False}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Four emulator frames of one action."""
+        reward = 0.0
+        for frame in range(4):
+            reward += self.ale.act(self.actions[action])
+            self.ale.getScreenGrayscale(self.screens[frame % 2])
+            if self.ale.game_over():
+                break
+        self.push_frame(self.screens.max(axis=0))
+        self.elapsed_steps += 1
+        game_over, life_lost = self.ale.game_over(), 0 < self.ale.lives() < self.lives
+        self.lives = self.ale.lives()
+        truncated = not game_over and self.elapsed_steps >= MAX_EPISODE_STEPS
+        info = {"ram": self.ale.getRAM(), "reward": reward, "terminated": game_over}
+        return self.obs.copy(), reward, game_over or (self.episodic_life and life_lost), truncated, info
+
+    def push_frame(self, screen: np.ndarray, whole_stack: bool = False) -> None:
+        """Append a (height, width) grayscale screen to the stack, or fill the stack with it."""
+        self.obs[:-1] = self.obs[1:]
+        self.obs[slice(None) if whole_stack else -1] = self.resize(screen)
+
+
+MAX_EPISODE_STEPS = 4500  # 18,000 emulator frames
+
+
+class AtariEnvs:
+    """N games side by side behind either backend, with the book-keeping that a run needs.
+
+    An episode's end is followed by a *reset row*: the step after it ignores its action and returns the first
+    observation of the next episode. So where `next_done` is True, `next_obs` is the true final observation.
+
+    Attributes:
+        next_obs: (N, 4, 96, 96) uint8, what the next action is chosen on.
+        next_done: (N,) bool, True where the next row is a reset row.
+        num_actions: actions of the game.
+        rooms: ids of the distinct rooms seen; None where the game's rooms are unknown.
+        returns, lengths: true scores and agent steps of the games finished since they were last taken.
+    """
+
+    def __init__(self, args: Args, seed: int):
+        self.game, n = game_of(args), args.num_envs
+        if args.env_backend == "envpool":
+            import envpool
+
+            self.envs = envpool.make(
+                f"{self.game}-v5",
+                env_type="gymnasium",
+                num_envs=n,
+                seed=seed,
+                img_height=96,
+                img_width=96,
+                max_episode_steps=MAX_EPISODE_STEPS,
+                repeat_action_probability=args.repeat_action_probability,
+                episodic_life=args.episodic_life,
+            )
+            self.num_actions = int(self.envs.action_space.n)
+        else:
+            rom, sticky = rom_names("gymnasium")[self.game], args.repeat_action_probability
+            games = [partial(AtariGame, rom, seed + i, sticky, args.episodic_life) for i in range(n)]
+            # fork: the workers share this process's memory, a spawned one would import torch again. They ignore
+            # Ctrl-C, which a terminal sends to them too: this process decides when they end.
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self.envs = gymnasium.vector.AsyncVectorEnv(games, context="fork")
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.num_actions = int(self.envs.single_action_space.n)
+        self.next_obs, info = self.envs.reset()
+        self.next_done = np.zeros(n, bool)
+        self.scores, self.steps = np.zeros(n), np.zeros(n, int)
+        self.returns, self.lengths = [], []
+        self.ram = info["ram"]
+        self.rooms = set() if self.game in ROOM_GAMES else None
+        self.count_rooms(self.ram, np.ones(n, bool))
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Step every game; returns the unclipped rewards (N,) float32, and `terminated` and `done` (N,) bool."""
+        self.next_obs, _, terminated, truncated, info = self.envs.step(actions)
+        reset_row, last_ram, self.ram = self.next_done, self.ram, info["ram"]
+        self.next_done = terminated | truncated
+        self.scores += info["reward"]
+        self.steps += ~reset_row
+        for i in np.flatnonzero(info["terminated"].astype(bool) | truncated):
+            self.returns.append(float(self.scores[i]))
+            self.lengths.append(int(self.steps[i]))
+            self.scores[i] = self.steps[i] = 0
+        self.count_rooms(last_ram, reset_row)
+        return info["reward"].astype(np.float32), terminated, self.next_done
+
+    def count_rooms(self, last_ram: np.ndarray, first: np.ndarray) -> None:
+        """Add the rooms that `ram` shows; `first` (N,) bool marks the first observation of an episode."""
+        if self.rooms is not None:
+            rooms = rooms_of(self.game, self.ram, last_ram, first)
+            self.rooms.update(rooms[rooms >= 0].tolist())
+
+    def close(self) -> None:
+        """Stop the worker processes, if the backend has any, dead or alive."""
+        if isinstance(self.envs, gymnasium.vector.AsyncVectorEnv):
+            for process in self.envs.processes:
+                process.kill()
+                process.join()
+            self.envs.closed = True
+
+
+ROOM_GAMES = ("MontezumaRevenge", "Pitfall", "PrivateEye", "Venture", "Gravitar", "Solaris")
+
+
+def rooms_of(game: str, ram: np.ndarray, last_ram: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Room ids (N,) int of the games of which `ram` (N, 128) uint8 is the memory; -1 where it tells none.
+
+    `last_ram` is the memory one step earlier; `first` (N,) bool marks the first observation of an episode.
+    """
+    ram = ram.astype(int)
+    if game == "MontezumaRevenge":
+        return ram[:, 3] + 24 * ram[:, 57]  # room, level
+    if game == "Pitfall":
+        return ram[:, 1]
+    if game == "PrivateEye":
+        return ram[:, 92]
+    if game == "Venture":
+        return ram[:, 90]
+    if game == "Gravitar":  # modes: 2 overview, 3 planet, 4 reactor, 5 saucer fight; any other shows no place
+        mode, place = ram[:, 1], np.where(ram[:, 1] == 3, ram[:, 2] & 0x0F, ram[:, 2] & 0x0C)
+        return np.where((mode >= 2) & (mode <= 5), 16 * mode + place, -1)
+    sector = 64 * ram[:, 77] + ram[:, 8]  # Solaris: while the scanner is open this follows the cursor,
+    return np.where(first | ((last_ram[:, 13] == 16) & (ram[:, 13] != 16)), sector, -1)  # so read it as a warp ends
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows ever given to `update`, by Chan's parallel formula, as buffers of a checkpoint.
+
+    The batches stay in float32; only the statistics, one number per element, are float64.
+    """
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of x, (rows, *shape) float32."""
+        var, mean = (moment.double() for moment in torch.var_mean(x, dim=0, correction=0))
+        total = self.count + len(x)
+        delta = mean - self.mean
+        self.var.copy_((self.var * self.count + var * len(x) + delta.square() * self.count * len(x) / total) / total)
+        self.mean += delta * len(x) / total
+        self.count.copy_(total)
+
+
+class DiscountedReturns(nn.Module):
+    """Running variance of the discounted sum of a reward stream, the scale of `--norm-int-reward` (Burda et al. 2.4).
+
+    The sum runs over time, one per environment, and stands still on reset rows.
+    """
+
+    def __init__(self, num_envs: int):
+        super().__init__()
+        self.register_buffer("returns", torch.zeros(num_envs))
+        self.stats = RunningMeanStd()
+
+    def update(self, rewards: Tensor, valid: Tensor, valid_inds: Tensor, gamma: float) -> None:
+        """Add the rewards (T, N) of a rollout; `valid` (T, N) bool and its indices `valid_inds` skip reset rows."""
+        returns = torch.empty_like(rewards)
+        for t in range(len(rewards)):
+            self.returns.copy_(torch.where(valid[t], gamma * self.returns + rewards[t], self.returns))
+            returns[t] = self.returns
+        self.stats.update(returns.flatten()[valid_inds])
+
+
+def init_obs_stats(obs_stats: RunningMeanStd, args: Args, seed: int) -> None:
+    """Start the frame statistics with `norm_init_steps` random steps of each environment."""
+    envs, rng = AtariEnvs(args, seed), np.random.default_rng(seed)
+    for _ in range(args.norm_init_steps):
+        played = ~envs.next_done
+        envs.step(rng.integers(envs.num_actions, size=args.num_envs, dtype=np.int32))
+        frames = torch.from_numpy(envs.next_obs[played, -1:])
+        if len(frames):
+            obs_stats.update(frames.to(obs_stats.mean.device).float() / 256)
+    envs.close()
+
+
+def update_obs_stats(obs_stats: RunningMeanStd, obs: Tensor, valid_inds: Tensor) -> None:
+    """Add the newest frames of the rows `valid_inds` of obs (rows, 4, 96, 96) uint8."""
+    for inds in valid_inds.split(2048):
+        obs_stats.update(obs[inds, -1:].float() / 256)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """Everything that learns or is learned from; every attribute has a state_dict and goes into the checkpoint."""
+
+    def __init__(self, args: Args, num_actions: int, device: torch.device):
+        self.agent = ActorCritic(args.model, num_actions, num_values=2, critic_hidden_gain=args.critic_hidden_gain)
+        self.target = Target()
+        self.predictor = Predictor()
+        self.obs_stats = RunningMeanStd((1, 96, 96))
+        self.int_returns = DiscountedReturns(args.num_envs)
+        for module in vars(self).values():
+            module.to(device, memory_format=torch.channels_last)
+            if args.compile:
+                # CUDA graphs replay the networks without Python; shapes are static: acting, novelty, minibatch.
+                module.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+        # fused: one kernel for all parameters instead of several for each.
+        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+        self.optimizer = adam(self.agent.parameters())
+        self.predictor_optimizer = adam(self.predictor.parameters())
+        self.target_optimizer = adam(self.target.parameters())
+
+
+@dataclass
+class Rollout:
+    """T = num_steps rows of N = num_envs environments; row t's action was chosen on obs[t] and led to obs[t + 1]."""
+
+    obs: Tensor  # (T + 1, N, 4, 96, 96) uint8
+    actions: Tensor  # (T, N) int64
+    logprobs: Tensor  # (T, N) float32
+    values: Tensor  # (T + 1, N, value heads) float32
+    ext_rewards: Tensor  # (T, N) float32, the sign of the game's reward
+    terminations: Tensor  # (T, N) bool, the episode ended for good: nothing to bootstrap from
+    dones: Tensor  # (T, N) bool, terminated or truncated
+    valid: Tensor  # (T, N) bool, False on reset rows
+    valid_inds: Tensor  # (number of valid rows,) int64, into the T x N rows
+
+
+def autocast(args: Args, device: torch.device) -> torch.autocast:
+    """bfloat16 for the policy, where the hardware multiplies it fast; the novelty networks never run under this."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and fast)
+
+
+def novelty_input(obs: Tensor, obs_stats: RunningMeanStd, norm_obs: str) -> Tensor:
+    """The newest frame of obs (batch, 4, 96, 96) uint8, normalised: (batch, 1, 96, 96) float32."""
+    x = obs[:, -1:].float() / 256
+    if norm_obs != "none":
+        x = x - obs_stats.mean.float()
+    if norm_obs == "mean-std":
+        # A pixel that never changed has std 0: one grey level is the least deviation that can be seen.
+        x = (x / obs_stats.var.sqrt().float().clamp(min=1 / 256)).clamp(-1, 1)
+    return x
+
+
+def augment(x: Tensor) -> Tensor:
+    """Random views of x (batch, frames, 96, 96) float32, each sample on its own; the same shape.
+
+    In this order: 2x2 mean blocks with probability 1/2, 4x4 with 1/4, a tenth of the pixels to zero with 1/8, and
+    always uniform noise of +-0.2.
+    """
+
+    def chance(p: float) -> Tensor:
+        return torch.rand(len(x), 1, 1, 1, device=x.device) < p
+
+    x = torch.where(chance(1 / 2), F.interpolate(F.avg_pool2d(x, 2), scale_factor=2), x)
+    x = torch.where(chance(1 / 4), F.interpolate(F.avg_pool2d(x, 4), scale_factor=4), x)
+    x = torch.where(chance(1 / 8) & (torch.rand_like(x) < 0.1), 0.0, x)
+    return x + 0.4 * torch.rand_like(x) - 0.2
+
+
+def draw_pairs(valid_inds: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
+    """Rows of the states A and B of `num_pairs` pairs, (2 * num_pairs,) int64, A first; and their labels, float32.
+
+    Label 0: B is A. Label 1, with probability 1/2: B is another state, drawn uniformly.
+    """
+    n, device = len(valid_inds), valid_inds.device
+    a = torch.randint(n, (num_pairs,), device=device)
+    labels = torch.randint(2, (num_pairs,), device=device)
+    other = (a + 1 + torch.randint(max(n - 1, 1), (num_pairs,), device=device)) % n
+    return valid_inds[torch.cat([a, torch.where(labels == 1, other, a)])], labels.float()
+
+
+def contrastive_loss(features: Tensor, labels: Tensor) -> Tensor:
+    """Mean of (label - d)^2, where d is the mean squared difference of a pair's features (SND's target, MSE variant).
+
+    features (2 * pairs, dims): the states A, then the states B; labels (pairs,): 0 same state, 1 different.
+    """
+    a, b = features.chunk(2)
+    return (labels - (a - b).square().mean(dim=1)).square().mean()
+
+
+def novelty(target_features: Tensor, predictor_features: Tensor, scale: float) -> Tensor:
+    """Intrinsic reward (batch,) of features (batch, 512): scale * mean squared error, clipped to [0, 1]."""
+    return (scale * (target_features - predictor_features).square().mean(dim=1)).clamp(0, 1)
+
+
+@torch.no_grad()
+def intrinsic_rewards(learner: Learner, rollout: Rollout, args: Args) -> Tensor:
+    """Novelty (T, N) of every row's *next* observation, 0 on reset rows."""
+    num_steps, num_envs = rollout.valid.shape
+    obs = rollout.obs.flatten(0, 1)
+    rewards = torch.empty(len(obs), device=obs.device)
+    for rows in rows_in_chunks(num_steps + 1, num_envs):
+        x = novelty_input(obs[rows], learner.obs_stats, args.norm_obs)
+        rewards[rows] = novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
+    rewards = rewards.view(num_steps + 1, num_envs)[1:] * rollout.valid
+    if args.norm_int_reward:
+        learner.int_returns.update(rewards, rollout.valid, rollout.valid_inds, args.int_gamma)
+        rewards = rewards / learner.int_returns.stats.var.sqrt().float().clamp(min=1e-8)
+    return rewards
+
+
+def rows_in_chunks(num_steps: int, num_envs: int) -> list[slice]:
+    """Slices of about 2,048 of the num_steps * num_envs rows, whole time steps each."""
+    size = max(1, 2048 // num_envs) * num_envs
+    return [slice(start, min(start + size, num_steps * num_envs)) for start in range(0, num_steps * num_envs, size)]
+
+
+def gae(
+    rewards: Tensor, values: Tensor, terminations: Tensor, dones: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438) with true final observations.
+
+    rewards, terminations, dones are (T, N), values (T + 1, N); returns the advantages (T, N). `terminations` cut the
+    bootstrap from the next value, `dones` the flow of later advantages. Because the row after an end holds the final
+    observation, its value is the right bootstrap of a truncated episode. A non-episodic stream passes no ends at all
+    and so flows through reset rows, whose reward is 0.
+    """
+    deltas = rewards + gamma * values[1:] * ~terminations - values[:-1]
+    decay = gamma * gae_lambda * ~dones
+    advantages, advantage = torch.empty_like(rewards), torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantage = deltas[t] + decay[t] * advantage
+        advantages[t] = advantage
+    return advantages
+
+
+def estimate_advantages(rollout: Rollout, int_rewards: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """The combined advantages (T, N) and each value head's returns (T, N, heads)."""
+    ends = (rollout.terminations, rollout.dones)
+    int_ends = ends if args.int_episodic else (torch.zeros_like(rollout.dones),) * 2
+    values = rollout.values.unbind(dim=-1)
+    streams = [gae(rollout.ext_rewards, values[0], *ends, args.gamma, args.gae_lambda)]
+    streams += [gae(int_rewards, values[1], *int_ends, args.int_gamma, args.gae_lambda)]
+    advantages = args.ext_coef * streams[0] + args.int_coef * streams[1]
+    return advantages, torch.stack(streams, dim=-1) + rollout.values[:-1]
+
+
+def ppo_loss(
+    logits: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    valid: Tensor,
+    trained_values: Tensor,
+    args: Args,
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped objective, the value heads' squared error and the entropy bonus, over the valid rows.
+
+    logits (batch, actions); values and returns (batch, heads); the rest (batch,). `trained_values` (heads,) is 1 for
+    the heads that learn. Returns the loss and, detached, (policy_loss, value_loss, entropy, approx_kl, clipfrac).
+    """
+    weights = valid / valid.sum().clamp(min=1)  # a reset row weighs 0; the shape of a minibatch never changes
+    all_logprobs = logits.log_softmax(dim=1)
+    logratio = all_logprobs.gather(1, actions[:, None])[:, 0] - old_logprobs
+    ratio = logratio.exp()
+    policy_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
+    policy_loss = (policy_loss * weights).sum()
+    value_loss = (((values - returns).square() * trained_values).sum(dim=1) * weights).sum()
+    entropy = (-(all_logprobs.exp() * all_logprobs).sum(dim=1) * weights).sum()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+        approx_kl = ((ratio - 1 - logratio) * weights).sum()
+        clipfrac = (((ratio - 1).abs() > args.clip_coef) * weights).sum()
+        return loss, torch.stack([policy_loss, value_loss, entropy, approx_kl, clipfrac])
+
+
+def distillation_loss(
+    predictor_features: Tensor, target_features: Tensor, valid: Tensor, update_proportion: float
+) -> Tensor:
+    """Mean squared error over a random share of the elements of features (batch, 512); reset rows are left out."""
+    keep = (torch.rand_like(target_features) < update_proportion) & valid[:, None]
+    return ((predictor_features - target_features).square() * keep).sum() / keep.sum().clamp(min=1)
+
+
+def explained_variance(rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args) -> Tensor:
+    """Share of the variance of the coefficient-weighted returns that the values explain, over the valid rows."""
+    coefs = torch.tensor([args.ext_coef, args.int_coef], device=returns.device)
+    combined = (returns * coefs).sum(dim=-1).flatten()[rollout.valid_inds]
+    return 1 - advantages.flatten()[rollout.valid_inds].var() / combined.var().clamp(min=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout and update
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def collect(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) -> Rollout:
+    """Play `num_steps` steps of every environment; fills obs (T + 1, N, 4, 96, 96) uint8 and returns the rollout.
+
+    One forward pass per step: the values come with the actions, and a last pass gives those to bootstrap from.
+    """
+    device, shape = obs.device, (args.num_steps, args.num_envs)
+    # Page-locked on a GPU, so that the copy there need not wait; safe to refill, for the actions wait for that copy.
+    frames = torch.empty(obs.shape[1:], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    actions = torch.empty(shape, dtype=torch.int64, device=device)
+    logprobs, values = torch.empty(shape, device=device), []
+    rewards = np.empty(shape, np.float32)
+    terminations, dones, valid = (np.empty(shape, bool) for _ in range(3))
+    for t in range(args.num_steps + 1):
+        frames.copy_(torch.from_numpy(envs.next_obs))
+        obs[t].copy_(frames, non_blocking=True)
+        with autocast(args, device):
+            logits, value = learner.agent(obs[t])
+        values.append(value.clone())  # a CUDA graph reuses its output
+        if t == args.num_steps:
+            break
+        # Sample with the Gumbel trick: unlike torch.distributions it never asks the device for a yes or no.
+        actions[t] = (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
+        logprobs[t] = logits.log_softmax(dim=1).gather(1, actions[t, :, None])[:, 0]
+        valid[t] = ~envs.next_done
+        rewards[t], terminations[t], dones[t] = envs.step(actions[t].to("cpu", torch.int32).numpy())
+    to_device = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    return Rollout(
+        obs,
+        actions,
+        logprobs,
+        torch.stack(values),
+        to_device(np.sign(rewards)),
+        to_device(terminations),
+        to_device(dones),
+        to_device(valid),
+        to_device(np.flatnonzero(valid)),
+    )
+
+
+def update(learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args) -> dict[str, float]:
+    """Train on a rollout; advantages (T, N), returns (T, N, heads).
+
+    Returns the mean losses. Nothing here waits for the device before they are read at the end.
+    """
+    device = rollout.obs.device
+    b_obs = rollout.obs[:-1].flatten(0, 1)
+    b_actions, b_logprobs = rollout.actions.flatten(), rollout.logprobs.flatten()
+    b_advantages, b_returns, b_valid = advantages.flatten(), returns.flatten(0, 1), rollout.valid.flatten()
+    minibatch_size = len(b_obs) // args.num_minibatches
+    mb_obs = torch.empty(minibatch_size, *b_obs.shape[1:], dtype=torch.uint8, device=device)
+    update_proportion = args.update_proportion or min(1, 32 / args.num_envs)
+    trained_values = torch.tensor([args.ext_coef > 0, args.int_coef > 0], device=device)
+    totals = torch.zeros(len(LOSSES), device=device)
+    for _ in range(args.update_epochs):
+        for mb_inds in torch.randperm(len(b_obs), device=device).split(minibatch_size):
+            torch.index_select(b_obs, 0, mb_inds, out=mb_obs)
+            mb_valid = b_valid[mb_inds]
+
+            with autocast(args, device):
+                logits, values = learner.agent(mb_obs)
+            loss, ppo_stats = ppo_loss(
+                logits,
+                values,
+                b_actions[mb_inds],
+                b_logprobs[mb_inds],
+                b_advantages[mb_inds],
+                b_returns[mb_inds],
+                mb_valid,
+                trained_values,
+                args,
+            )
+            learner.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(learner.agent.parameters(), args.max_grad_norm)
+            learner.optimizer.step()
+
+            pair_inds, labels = draw_pairs(rollout.valid_inds, NUM_PAIRS)
+            pairs = novelty_input(b_obs[pair_inds], learner.obs_stats, args.norm_obs)
+            contrastive = contrastive_loss(learner.target(augment(pairs)), labels)
+            learner.target_optimizer.zero_grad()
+            contrastive.backward()
+            learner.target_optimizer.step()
+
+            x = novelty_input(mb_obs, learner.obs_stats, args.norm_obs)
+            with torch.no_grad():
+                mb_target = learner.target(x)
+            distillation = distillation_loss(learner.predictor(x), mb_target, mb_valid, update_proportion)
+            learner.predictor_optimizer.zero_grad()
+            distillation.backward()
+            learner.predictor_optimizer.step()
+
+            totals += torch.cat([ppo_stats, torch.stack([distillation.detach(), contrastive.detach()])])
+    totals /= args.update_epochs * args.num_minibatches
+    return dict(zip(LOSSES, totals.tolist(), strict=True))
+
+
+LOSSES = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "distillation"]
+LOSSES += ["contrastive"]
+NUM_PAIRS = 64  # pairs of states in each step of the contrastive loss
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Book-keeping
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_VERSION = 1
+
+
+def warn(message: str) -> None:
+    """One line on standard error; training goes on."""
+    print(f"\r{SCRIPT}: warning: {message}", file=sys.stderr)
+
+
+def open_run(run_dir: Path, new: bool) -> object:
+    """Make a new run's folder, or take an old one's, and hold it for this process; keep the result.
+
+    The lock falls with the process, however it dies. Exit status 2 if the folder is taken or cannot be written.
+    """
+    if new and (run_dir / "checkpoint.pt").exists():
+        fail(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-name")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / "lock", "a")  # noqa: SIM115, open as long as the run lasts
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error.strerror}")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, forked workers do not inherit it
+    except OSError:
+        fail(f"{run_dir} is in use by another process")
+    return lock
+
+
+def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
+    """Write `checkpoint.pt` so that a kill at any instant leaves the old one or the new one; raises OSError."""
+    state = {
+        "version": CHECKPOINT_VERSION,
+        "script": SCRIPT,
+        "args": asdict(args) | {"resume": None},
+        "learner": {name: part.state_dict() for name, part in vars(learner).items()},
+        "counters": counters,
+        "random": {
+            "python": random.getstate(),
+            "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+        },
+    }
+    path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(run_dir, os.O_RDONLY)
+        os.fsync(folder)  # the new name itself
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError is what torch.save makes of a failed write
+        temporary.unlink(missing_ok=True)
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint of this script, running nothing that the file contains; exit status 2 if it is not one."""
+    if not path.is_file():
+        fail(f"--resume {path.parent}: there is no checkpoint.pt in that folder")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise ValueError(f"{damaged} is corrupted")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+        fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
+    if not isinstance(state, dict) or not {"version", "script", "args", "learner", "counters", "random"} <= set(state):
+        fail(f"{path} is not a checkpoint of {SCRIPT}")
+    if state["version"] != CHECKPOINT_VERSION:
+        fail(f"{path} has format version {state['version']}; this {SCRIPT} reads version {CHECKPOINT_VERSION}")
+    if state["script"] != SCRIPT:
+        fail(f"{path} was written by {state['script']}; resume it with that script")
+    if not isinstance(state["args"], dict) or set(state["args"]) != {field.name for field in fields(Args)}:
+        fail(f"{path} was written by a {SCRIPT} with other arguments")
+    try:
+        check_args(Args(**state["args"]))
+        iteration, rooms, scores = (state["counters"][name] for name in ("iteration", "rooms", "scores"))
+        range(iteration), set(rooms), [float(score) for score in scores]
+    except (KeyError, TypeError, ValueError) as error:
+        fail(f"{path} holds arguments or counters that make no sense: {error}")
+    return state
+
+
+def restore(state: dict, learner: Learner, path: Path) -> None:
+    """Put a loaded checkpoint into the learner and the random generators; exit status 2 if it does not fit."""
+    try:
+        for name, part in vars(learner).items():
+            part.load_state_dict(state["learner"][name])
+            if isinstance(part, torch.optim.Optimizer):  # which itself does not compare shapes
+                for parameter, moments in part.state.items():
+                    if moments["exp_avg"].shape != parameter.shape or moments["exp_avg_sq"].shape != parameter.shape:
+                        raise ValueError(f"{name} belongs to another network")
+        random.setstate(state["random"]["python"])
+        np.random.set_state(tuple(state["random"]["numpy"]))
+        torch.set_rng_state(state["random"]["torch"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    except Exception as error:
+        fail(f"{path} does not fit this {SCRIPT}: {' '.join(str(error).split())[:200]}")
+
+
+def parse_args() -> tuple[Args, dict | None]:
+    """The arguments and, with --resume, the checkpoint to go on from; exit status 2 if they cannot be used."""
+    summary = __doc__.splitlines()[0]
+    args = tyro.cli(Args, description=summary)
+    if args.resume is None:
+        check_args(args)
+        args.run_name = args.run_name or f"{game_of(args)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        return args, None
+    state = load_checkpoint(Path(args.resume) / "checkpoint.pt")
+    saved = Args(**state["args"])
+    args = tyro.cli(Args, description=summary, default=saved)
+    for field in fields(Args):
+        given, old = getattr(args, field.name), getattr(saved, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.name == "total_timesteps" and given < old:
+            fail(f"{flag} {given} contradicts the saved {old}: it can only be raised")
+        if field.name not in ("resume", "total_timesteps") and given != old:
+            fail(f"{flag} {given} contradicts the saved {old}: leave it out, or start a new run")
+    check_args(args)
+    return args, state
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks instead of returning each to the system.
+
+    On a CPU every activation of every minibatch would otherwise be mapped and zeroed anew (see benchmark/README.md).
+    """
+    if hasattr(LIBC := ctypes.CDLL(None), "mallopt"):
+        LIBC.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
+        LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back below 2 GiB
+
+
+def check_finite(scalars: dict[str, float], learner: Learner, step: int, run_dir: Path) -> None:
+    """End the run, exit status 1, at the first number that is not finite; the checkpoint on disk stays as it is."""
+    modules = {name: part for name, part in vars(learner).items() if isinstance(part, nn.Module)}
+    weights = {
+        f"weights/{name}": nn.utils.get_total_norm(list(part.parameters())).item() for name, part in modules.items()
+    }
+    for name, value in (scalars | weights).items():
+        if not math.isfinite(value):
+            fail(f"step {step}: {name} is {value}; the last good checkpoint is kept in {run_dir}", status=1)
+
+
+class StopSignal:
+    """Turns the first SIGTERM or Ctrl-C into a number to look at between iterations; the second kills at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number: int, _frame: object) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+        print(f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops now", file=sys.stderr)
+
+
+class Log:
+    """TensorBoard events of a run; a full disk costs log lines, not the run."""
+
+    def __init__(self, run_dir: Path, args: Args, step: int):
+        self.run_dir = run_dir
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=re.sub(r"\W", "-", args.run_name),
+                name=args.run_name,
+                resume="allow",
+                config=asdict(args),
+                sync_tensorboard=True,
+                save_code=True,
+            )
+        self.open(step)
+        if step == 0:
+            rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        self.writer.flush()
+
+    def open(self, step: int) -> None:
+        """Begin an event file that hides whatever older ones logged after `step`."""
+        self.writer = SummaryWriter(str(self.run_dir), purge_step=step + 1)
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Log {tag: value} at an agent step; on disk when this returns."""
+        try:
+            if self.writer is None:
+                self.open(step - 1)
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, step)
+            self.writer.flush()
+        except OSError as error:
+            warn(f"step {step} was not logged: {error}")
+            self.writer = None
+
+
+class Progress:
+    """A line that is rewritten in a terminal, and printed every half minute elsewhere."""
+
+    def __init__(self, args: Args, step: int):
+        self.total, self.first, self.start, self.last = args.total_timesteps, step, time.time(), 0.0
+
+    def show(self, step: int, scores: deque, rooms: set | None, int_reward: float, final: bool) -> None:
+        """Steps done, steps per second, time left, mean return of the last 100 games, rooms, intrinsic reward."""
+        terminal, now = sys.stdout.isatty(), time.time()
+        if not terminal and not final and now - self.last < 30:
+            return
+        self.last = now
+        rate = (step - self.first) / (now - self.start)
+        left = int((self.total - step) / rate)
+        line = f"{step:,} / {self.total:,} steps | {rate:,.0f} steps/s | {left // 3600}:{left // 60 % 60:02} h left"
+        line += f" | return {np.mean(scores):,.1f}" if scores else " | return -"
+        line += f" | rooms {len(rooms)}" if rooms is not None else ""
+        line += f" | r_int {int_reward:.4f}"
+        print(f"\r{line}\x1b[K" if terminal else line, end="\n" if final or not terminal else "", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    args, state = parse_args()
+    run_dir = Path(args.resume or f"runs/{args.run_name}")
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    counters = state["counters"] if state else {"iteration": 0, "rooms": [], "scores": []}
+    if counters["iteration"] >= num_iterations:
+        print(f"{run_dir} is finished: {num_iterations * batch_size:,} steps; raise --total-timesteps to go on")
+        return
+    lock, stop = open_run(run_dir, new=state is None), StopSignal()  # noqa: F841, the lock lives with its name
+
+    # Emulators cannot be saved: a resumed run starts new episodes, from seeds of their own.
+    env_seed = int(np.random.SeedSequence([args.seed, counters["iteration"]]).generate_state(1)[0] >> 2)
+    envs = AtariEnvs(args, env_seed)
+    keep_freed_memory()
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.cuda and device.type == "cpu":
+        print("no CUDA device found: training on the CPU", file=sys.stderr)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    learner = Learner(args, envs.num_actions, device)
+    obs = torch.zeros(args.num_steps + 1, args.num_envs, 4, 96, 96, dtype=torch.uint8, device=device)
+    try:
+        if state:
+            restore(state, learner, run_dir / "checkpoint.pt")
+        else:
+            init_obs_stats(learner.obs_stats, args, env_seed)
+            save_checkpoint(run_dir, args, learner, counters)
+        log = Log(run_dir, args, counters["iteration"] * batch_size)
+    except OSError as error:
+        if state is None:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        fail(f"cannot write to {run_dir}: {error}")
+    scores = deque(counters["scores"], maxlen=100)
+    if envs.rooms is not None:
+        envs.rooms.update(counters["rooms"])
+    progress = Progress(args, counters["iteration"] * batch_size)
+
+    for iteration in range(counters["iteration"] + 1, num_iterations + 1):
+        start = time.time()
+        try:
+            rollout = collect(envs, learner, obs, args)
+        except (EOFError, ConnectionError):  # what is learned is as the last iteration left it
+            save_checkpoint(run_dir, args, learner, counters)
+            fail(f"an environment process died; go on with: python {sys.argv[0]} --resume {run_dir}", status=1)
+        update_obs_stats(learner.obs_stats, obs[:-1].flatten(0, 1), rollout.valid_inds)
+        int_rewards = intrinsic_rewards(learner, rollout, args)
+        advantages, returns = estimate_advantages(rollout, int_rewards, args)
+        losses = update(learner, rollout, advantages, returns, args)
+
+        step = iteration * batch_size
+        scores.extend(envs.returns)
+        valid_rewards = int_rewards.flatten()[rollout.valid_inds]
+        scalars = {f"losses/{name}": value for name, value in losses.items()}
+        scalars["losses/explained_variance"] = explained_variance(rollout, advantages, returns, args).item()
+        scalars["charts/intrinsic_reward"] = valid_rewards.mean().item()
+        scalars["charts/intrinsic_reward_std"] = valid_rewards.std().item()
+        check_finite(scalars, learner, step, run_dir)
+        scalars["charts/learning_rate"] = args.learning_rate
+        scalars["charts/SPS"] = batch_size / (time.time() - start)
+        if envs.returns:  # games that ended in this iteration
+            scalars["charts/episodic_return"] = np.mean(envs.returns)
+            scalars["charts/episodic_length"] = np.mean(envs.lengths)
+            envs.returns, envs.lengths = [], []
+        if envs.rooms is not None:
+            scalars["charts/explored_rooms"] = len(envs.rooms)
+        log.write(scalars, step)
+        progress.show(step, scores, envs.rooms, scalars["charts/intrinsic_reward"], iteration == num_iterations)
+        counters = {"iteration": iteration, "rooms": sorted(envs.rooms or ()), "scores": list(scores)}
+        if iteration % args.checkpoint_interval == 0 or iteration == num_iterations or stop.number:
+            try:
+                save_checkpoint(run_dir, args, learner, counters)
+            except OSError as error:
+                warn(f"step {step}: no checkpoint was written, the last one stays: {error}")
+        if stop.number:
+            print(f"\nstopped at step {step:,}; go on with: python {sys.argv[0]} --resume {run_dir}")
+            sys.exit(128 + stop.number)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except torch.cuda.OutOfMemoryError:
+        fail("out of GPU memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)
