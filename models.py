@@ -58,7 +58,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, model: str, num_actions: int, num_values: int, critic_hidden_gain: float = 0.1):
         super().__init__()
-        relu, flatten = nn.ReLU(), nn.Flatten()
+        relu, flatten = nn.ReLU(inplace=True), nn.Flatten()
         if model == "A":  # 96 -> 24 -> 12 -> 12 pixels
             width = 448
             trunk = [conv(4, 32, 8, 4), relu, conv(32, 64, 3, 2), relu, conv(64, 64, 3, 1), relu, flatten]
@@ -96,7 +96,7 @@ class ActorCritic(nn.Module):
 
 def novelty_convs(frames: int) -> list[nn.Module]:
     """The three ELU convolutions of every novelty network: (batch, frames, 96, 96) -> (batch, 9216)."""
-    elu = nn.ELU()
+    elu = nn.ELU(inplace=True)
     return [conv(frames, 32, 8, 4), elu, conv(32, 64, 3, 2), elu, conv(64, 64, 3, 1), elu, nn.Flatten()]
 
 
@@ -117,7 +117,8 @@ class Predictor(nn.Sequential):
     """
 
     def __init__(self):
-        head = [init(nn.Linear(64 * 12 * 12, 512)), nn.ELU(), init(nn.Linear(512, 512)), nn.ELU()]
+        head = [init(nn.Linear(64 * 12 * 12, 512)), nn.ELU(inplace=True)]
+        head += [init(nn.Linear(512, 512)), nn.ELU(inplace=True)]
         super().__init__(*novelty_convs(1), *head, init(nn.Linear(512, 512)))
 
 

@@ -172,14 +172,12 @@ def check_args(args: Args) -> None:
 
 
 # Smallest allowed values; and the arguments that are probabilities or discounts.
-MINIMUM = dict(seed=0, checkpoint_interval=1, total_timesteps=1, num_envs=1, num_steps=1, num_minibatches=1)
+MINIMUM = dict(seed=0, checkpoint_interval=1, total_timesteps=1, num_envs=1, num_steps=2, num_minibatches=1)
 MINIMUM |= dict(update_epochs=1, learning_rate=0, clip_coef=0, ent_coef=0, vf_coef=0, max_grad_norm=0, ext_coef=0)
 MINIMUM |= dict(int_coef=0, critic_hidden_gain=0, norm_init_steps=0, int_reward_scale=0)
 PROBABILITIES = ["repeat_action_probability", "gamma", "int_gamma", "gae_lambda", "update_proportion"]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environment
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Environment -----------------------------------------------------------------------------------------------------
 
 BACKEND_PACKAGES = {"envpool": ("envpool",), "gymnasium": ("ale_py", "cv2")}
 BACKEND_INSTALL = {"envpool": "envpool==1.2.5", "gymnasium": "gymnasium ale-py opencv-python"}
@@ -388,9 +386,7 @@ def rooms_of(game: str, ram: np.ndarray, last_ram: np.ndarray, first: np.ndarray
     return np.where(first | ((last_ram[:, 13] == 16) & (ram[:, 13] != 16)), sector, -1)  # so read it as a warp ends
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Statistics ------------------------------------------------------------------------------------------------------
 
 
 class RunningMeanStd(nn.Module):
@@ -439,11 +435,10 @@ def init_obs_stats(obs_stats: RunningMeanStd, args: Args, seed: int) -> None:
     """Start the frame statistics with `norm_init_steps` random steps of each environment."""
     envs, rng = AtariEnvs(args, seed), np.random.default_rng(seed)
     for _ in range(args.norm_init_steps):
-        played = ~envs.next_done
-        envs.step(rng.integers(envs.num_actions, size=args.num_envs, dtype=np.int32))
-        frames = torch.from_numpy(envs.next_obs[played, -1:])
+        frames = torch.from_numpy(envs.next_obs[~envs.next_done, -1:])  # not the input of a reset row
         if len(frames):
             obs_stats.update(frames.to(obs_stats.mean.device).float() / 256)
+        envs.step(rng.integers(envs.num_actions, size=args.num_envs, dtype=np.int32))
     envs.close()
 
 
@@ -453,9 +448,7 @@ def update_obs_stats(obs_stats: RunningMeanStd, obs: Tensor, valid_inds: Tensor)
         obs_stats.update(obs[inds, -1:].float() / 256)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Algorithm
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Algorithm -------------------------------------------------------------------------------------------------------
 
 
 class Learner:
@@ -469,8 +462,8 @@ class Learner:
         self.int_returns = DiscountedReturns(args.num_envs)
         for module in vars(self).values():
             module.to(device, memory_format=torch.channels_last)
-            if args.compile:
-                # CUDA graphs replay the networks without Python; shapes are static: acting, novelty, minibatch.
+            if args.compile and any(True for _ in module.parameters()):
+                # On a GPU the networks then run as CUDA graphs; each batch has one of three shapes that never change.
                 module.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
         # fused: one kernel for all parameters instead of several for each.
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
@@ -615,16 +608,14 @@ def explained_variance(rollout: Rollout, advantages: Tensor, returns: Tensor, ar
     """Share of the variance of the coefficient-weighted returns that the values explain, over the valid rows."""
     coefs = torch.tensor([args.ext_coef, args.int_coef], device=returns.device)
     combined = (returns * coefs).sum(dim=-1).flatten()[rollout.valid_inds]
-    return 1 - advantages.flatten()[rollout.valid_inds].var() / combined.var().clamp(min=1e-8)
+    return 1 - advantages.flatten()[rollout.valid_inds].var(correction=0) / combined.var(correction=0).clamp(min=1e-8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollout and update
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rollout and update ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def collect(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) -> Rollout:
+def collect_rollout(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) -> Rollout:
     """Play `num_steps` steps of every environment; fills obs (T + 1, N, 4, 96, 96) uint8 and returns the rollout.
 
     One forward pass per step: the values come with the actions, and a last pass gives those to bootstrap from.
@@ -636,31 +627,22 @@ def collect(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) -> Rollo
     logprobs, values = torch.empty(shape, device=device), []
     rewards = np.empty(shape, np.float32)
     terminations, dones, valid = (np.empty(shape, bool) for _ in range(3))
-    for t in range(args.num_steps + 1):
-        frames.copy_(torch.from_numpy(envs.next_obs))
-        obs[t].copy_(frames, non_blocking=True)
-        with autocast(args, device):
+    with autocast(args, device):  # around the whole loop, so that it casts the weights once
+        for t in range(args.num_steps + 1):
+            frames.copy_(torch.from_numpy(envs.next_obs))
+            obs[t].copy_(frames, non_blocking=True)
             logits, value = learner.agent(obs[t])
-        values.append(value.clone())  # a CUDA graph reuses its output
-        if t == args.num_steps:
-            break
-        # Sample with the Gumbel trick: unlike torch.distributions it never asks the device for a yes or no.
-        actions[t] = (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
-        logprobs[t] = logits.log_softmax(dim=1).gather(1, actions[t, :, None])[:, 0]
-        valid[t] = ~envs.next_done
-        rewards[t], terminations[t], dones[t] = envs.step(actions[t].to("cpu", torch.int32).numpy())
-    to_device = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-    return Rollout(
-        obs,
-        actions,
-        logprobs,
-        torch.stack(values),
-        to_device(np.sign(rewards)),
-        to_device(terminations),
-        to_device(dones),
-        to_device(valid),
-        to_device(np.flatnonzero(valid)),
-    )
+            values.append(value.clone())  # a CUDA graph reuses its output
+            if t == args.num_steps:
+                break
+            # Sample with the Gumbel trick: unlike torch.distributions it never asks the device for a yes or no.
+            actions[t] = (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
+            logprobs[t] = logits.log_softmax(dim=1).gather(1, actions[t, :, None])[:, 0]
+            valid[t] = ~envs.next_done
+            rewards[t], terminations[t], dones[t] = envs.step(actions[t].to("cpu", torch.int32).numpy())
+    from_host = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
+    from_host = [torch.from_numpy(array).to(device) for array in from_host]
+    return Rollout(obs, actions, logprobs, torch.stack(values), *from_host)
 
 
 def update(
@@ -716,9 +698,7 @@ def update(
 
 LOSSES = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "distillation"]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Book-keeping
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Book-keeping ----------------------------------------------------------------------------------------------------
 
 CHECKPOINT_VERSION = 1
 
@@ -748,7 +728,7 @@ def open_run(run_dir: Path, new: bool) -> object:
 
 
 def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
-    """Write `checkpoint.pt` so that a kill at any instant leaves the old one or the new one; raises OSError."""
+    """Write `checkpoint.pt` so that a kill at any instant leaves the old one or the new one; OSError if it cannot."""
     state = {
         "version": CHECKPOINT_VERSION,
         "script": SCRIPT,
@@ -775,6 +755,14 @@ def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch.save makes of a failed write
         temporary.unlink(missing_ok=True)
         raise OSError(str(error).splitlines()[0]) from error
+
+
+def try_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
+    """Write a checkpoint, or say that there is no room for it and leave the last one."""
+    try:
+        save_checkpoint(run_dir, args, learner, counters)
+    except OSError as error:
+        warn(f"iteration {counters['iteration']}: no checkpoint was written, the last one stays: {error}")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -943,9 +931,7 @@ class Progress:
         print(f"\r{line}\x1b[K" if terminal else line, end="\n" if final or not terminal else "", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Main ------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -991,9 +977,9 @@ def main() -> None:
     for iteration in range(counters["iteration"] + 1, num_iterations + 1):
         start = time.time()
         try:
-            rollout = collect(envs, learner, obs, args)
+            rollout = collect_rollout(envs, learner, obs, args)
         except (EOFError, ConnectionError):  # what is learned is as the last iteration left it
-            save_checkpoint(run_dir, args, learner, counters)
+            try_checkpoint(run_dir, args, learner, counters)
             fail(f"an environment process died; go on with: python {sys.argv[0]} --resume {run_dir}", status=1)
         update_obs_stats(learner.obs_stats, obs[:-1].flatten(0, 1), rollout.valid_inds)
         int_rewards, target_features = intrinsic_rewards(learner, rollout, args)
@@ -1006,7 +992,7 @@ def main() -> None:
         scalars = {f"losses/{name}": value for name, value in losses.items()}
         scalars["losses/explained_variance"] = explained_variance(rollout, advantages, returns, args).item()
         scalars["charts/intrinsic_reward"] = valid_rewards.mean().item()
-        scalars["charts/intrinsic_reward_std"] = valid_rewards.std().item()
+        scalars["charts/intrinsic_reward_std"] = valid_rewards.std(correction=0).item()
         check_finite(scalars, learner, step, run_dir)
         scalars["charts/learning_rate"] = args.learning_rate
         scalars["charts/SPS"] = batch_size / (time.time() - start)
@@ -1020,10 +1006,7 @@ def main() -> None:
         progress.show(step, scores, envs.rooms, scalars["charts/intrinsic_reward"], iteration == num_iterations)
         counters = {"iteration": iteration, "rooms": sorted(envs.rooms or ()), "scores": list(scores)}
         if iteration % args.checkpoint_interval == 0 or iteration == num_iterations or stop.number:
-            try:
-                save_checkpoint(run_dir, args, learner, counters)
-            except OSError as error:
-                warn(f"step {step}: no checkpoint was written, the last one stays: {error}")
+            try_checkpoint(run_dir, args, learner, counters)
         if stop.number:
             print(f"\nstopped at step {step:,}; go on with: python {sys.argv[0]} --resume {run_dir}")
             sys.exit(128 + stop.number)
