@@ -89,9 +89,10 @@ class ActorCritic(nn.Module):
         device = obs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         features = self.trunk(obs.to(dtype, memory_format=torch.channels_last) / 256)
-        hidden = self.critic_hidden(features)
-        hidden = F.relu(hidden) + hidden if self.critic_residual else F.relu(hidden)
-        return self.actor(features).float(), self.values(hidden).float()
+        actor, critic = self.actor[:-1](features), self.critic_hidden(features)
+        critic = F.relu(critic) + critic if self.critic_residual else F.relu(critic)
+        with torch.autocast(device, enabled=False):  # bfloat16 would round a logit to 1/256 of its size
+            return self.actor[-1](actor.float()), self.values(critic.float())
 
 
 def novelty_convs(frames: int) -> list[nn.Module]:

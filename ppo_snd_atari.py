@@ -17,6 +17,7 @@ does not vanish as the predictor learns. What makes it work:
 Papers: Pecháč et al. 2023 (SND, arXiv 2302.11563); Burda et al. 2018 (RND, arXiv 1810.12894).
 """
 
+import contextlib
 import ctypes
 import difflib
 import fcntl
@@ -25,7 +26,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -60,7 +60,7 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     compile: bool = False
-    """compile the networks with torch.compile (on a GPU with CUDA graphs); takes a minute at the start"""
+    """compile the networks with torch.compile, on a GPU into CUDA graphs"""
     bf16: bool = True
     """run the policy in bfloat16 where the hardware multiplies it fast; the novelty networks stay in float32"""
     track: bool = False
@@ -70,7 +70,7 @@ class Args:
     wandb_entity: str | None = None
     """team of Weights and Biases"""
     run_name: str | None = None
-    """folder of the run below runs/ (default: game__script__seed__time)"""
+    """folder of the run below runs/; unset: game__script__seed__time"""
     resume: str | None = None
     """folder of a run to go on with, e.g. runs/NAME; its saved arguments apply, only --total-timesteps may be raised"""
     checkpoint_interval: int = 100
@@ -82,7 +82,7 @@ class Args:
     env_backend: Literal["envpool", "gymnasium"] = "envpool"
     """emulators in C++ threads (envpool), or one process each where envpool has no wheel (gymnasium)"""
     total_timesteps: int = 128_000_000
-    """agent steps of the whole run, all environments together (4 emulator frames each)"""
+    """agent steps of the whole run, all environments together, 4 emulator frames each; whole iterations are played"""
     num_envs: int = 128
     """games played side by side"""
     repeat_action_probability: float = 0.25
@@ -120,7 +120,7 @@ class Args:
     int_coef: float = 1.0
     """advantage coefficient of the intrinsic reward; 0 trains without it"""
     critic_hidden_gain: float = 0.1
-    """orthogonal gain of the critic's hidden layer"""
+    """orthogonal gain of the critic's hidden layer; 1.414 in the variants b1, b3 and c1"""
 
     # novelty
     norm_obs: Literal["none", "mean", "mean-std"] = "mean-std"
@@ -134,7 +134,7 @@ class Args:
     int_episodic: bool = False
     """cut the intrinsic return at the end of an episode"""
     update_proportion: float | None = None
-    """share of the distillation loss's elements that is kept, in (0, 1] (default: min(1, 32 / num_envs))"""
+    """share of the distillation loss's elements that is kept, in (0, 1]; unset: min(1, 32 / num_envs)"""
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -143,41 +143,40 @@ def fail(message: str, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
+def flag(name: str) -> str:
+    """--num-envs for num_envs."""
+    return f"--{name.replace('_', '-')}"
+
+
+# Smallest and largest values of the numbers; a least value of TINY means larger than 0. A rollout of 2 steps always
+# has rows that are not reset rows.
+TINY, HUGE = sys.float_info.min, sys.float_info.max
+BOUNDS = {"seed": (0, 2**31 - 1), "num_steps": (2, HUGE), "gae_lambda": (0, 1), "gamma": (0, 1), "int_gamma": (0, 1)}
+BOUNDS |= {"repeat_action_probability": (0, 1), "update_proportion": (TINY, 1)}
+BOUNDS |= dict.fromkeys(["learning_rate", "clip_coef", "max_grad_norm"], (TINY, HUGE))
+BOUNDS |= dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "checkpoint_interval"], (1, HUGE))
+BOUNDS |= dict.fromkeys(["ent_coef", "vf_coef", "ext_coef", "int_coef", "critic_hidden_gain"], (0, HUGE))
+BOUNDS |= dict.fromkeys(["norm_init_steps", "int_reward_scale"], (0, HUGE))
+
+
 def check_args(args: Args) -> None:
     """Refuse what cannot be trained, before anything is built; exit status 2."""
     game_of(args)
-    for name, least in MINIMUM.items():
-        if not least <= getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a finite number of at least {least}")
-    for name in PROBABILITIES:
+    for name, (least, most) in BOUNDS.items():
         value = getattr(args, name)
-        if value is not None and not 0 <= value <= 1:
-            fail(f"--{name.replace('_', '-')} {value}: must be in [0, 1]")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm", "update_proportion"):
-        if getattr(args, name) == 0:
-            fail(f"--{name.replace('_', '-')} 0: must be larger than 0")
+        if value is not None and not least <= value <= most:
+            above = "larger than 0" if least == TINY else f"at least {least}"
+            fail(f"{flag(name)} {value}: must be {above}{'' if most == HUGE else f' and at most {most}'}")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
-        fail(
-            f"--num-minibatches {args.num_minibatches}: must divide --num-envs x --num-steps = "
-            f"{args.num_envs} x {args.num_steps} = {batch_size}"
-        )
+        fail(f"--num-minibatches {args.num_minibatches}: must divide --num-envs x --num-steps = {batch_size}")
     if args.total_timesteps < batch_size:
-        fail(
-            f"--total-timesteps {args.total_timesteps}: must be at least one iteration, "
-            f"--num-envs x --num-steps = {batch_size}"
-        )
-    if args.run_name is not None and (not args.run_name or Path(args.run_name).is_absolute() or ".." in args.run_name):
+        fail(f"--total-timesteps {args.total_timesteps}: must be at least --num-envs x --num-steps = {batch_size}")
+    if args.run_name is not None and not os.path.normpath(Path("runs", args.run_name)).startswith("runs/"):
         fail(f"--run-name {args.run_name!r}: must be a folder below runs/")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights and Biases: pip install wandb")
 
-
-# Smallest allowed values; and the arguments that are probabilities or discounts.
-MINIMUM = dict(seed=0, checkpoint_interval=1, total_timesteps=1, num_envs=1, num_steps=2, num_minibatches=1)
-MINIMUM |= dict(update_epochs=1, learning_rate=0, clip_coef=0, ent_coef=0, vf_coef=0, max_grad_norm=0, ext_coef=0)
-MINIMUM |= dict(int_coef=0, critic_hidden_gain=0, norm_init_steps=0, int_reward_scale=0)
-PROBABILITIES = ["repeat_action_probability", "gamma", "int_gamma", "gae_lambda", "update_proportion"]
 
 # ---- Environment -----------------------------------------------------------------------------------------------------
 
@@ -214,9 +213,13 @@ def rom_names(backend: str) -> dict[str, str]:
     return {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms}
 
 
+MAX_EPISODE_STEPS = 4500  # 18,000 emulator frames
+
+
 class AtariGame(gymnasium.Env):
     """One game of ale-py under EnvPool's protocol, for the gymnasium backend.
 
+    gymnasium's own preprocessing has no FIRE at the start and restarts the game after a lost life, so it is not used.
     Observation (4, 96, 96) uint8: grayscale, area resize, frame skip 4 with the maximum of the last two frames, the
     newest frame last; after a reset all four are the first frame. `info` has EnvPool's `ram` (128,) uint8, `reward`
     (the true score) and `terminated` (the game is over, not only a life).
@@ -279,9 +282,6 @@ class AtariGame(gymnasium.Env):
         """Append a (height, width) grayscale screen to the stack, or fill the stack with it."""
         self.obs[:-1] = self.obs[1:]
         self.obs[slice(None) if whole_stack else -1] = self.resize(screen)
-
-
-MAX_EPISODE_STEPS = 4500  # 18,000 emulator frames
 
 
 class AtariEnvs:
@@ -364,7 +364,8 @@ class AtariEnvs:
             self.envs.closed = True
 
 
-ROOM_GAMES = ("MontezumaRevenge", "Pitfall", "PrivateEye", "Venture", "Gravitar", "Solaris")
+ROOM_BYTE = {"Pitfall": 1, "PrivateEye": 92, "Venture": 90}  # where the game keeps the number of the room
+ROOM_GAMES = {"MontezumaRevenge", "Gravitar", "Solaris", *ROOM_BYTE}
 
 
 def rooms_of(game: str, ram: np.ndarray, last_ram: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -375,12 +376,8 @@ def rooms_of(game: str, ram: np.ndarray, last_ram: np.ndarray, first: np.ndarray
     ram = ram.astype(int)
     if game == "MontezumaRevenge":
         return ram[:, 3] + 24 * ram[:, 57]  # room, level
-    if game == "Pitfall":
-        return ram[:, 1]
-    if game == "PrivateEye":
-        return ram[:, 92]
-    if game == "Venture":
-        return ram[:, 90]
+    if game in ROOM_BYTE:
+        return ram[:, ROOM_BYTE[game]]
     if game == "Gravitar":  # modes: 2 overview, 3 planet, 4 reactor, 5 saucer fight; any other shows no place
         mode, place = ram[:, 1], np.where(ram[:, 1] == 3, ram[:, 2] & 0x0F, ram[:, 2] & 0x0C)
         return np.where((mode >= 2) & (mode <= 5), 16 * mode + place, -1)
@@ -465,7 +462,7 @@ class Learner:
         for module in vars(self).values():
             module.to(device, memory_format=torch.channels_last)
             if args.compile and any(True for _ in module.parameters()):
-                # On a GPU the networks then run as CUDA graphs; each batch has one of three shapes that never change.
+                # On a GPU the networks then run as CUDA graphs; a rollout's few batch shapes never change.
                 module.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
         # fused: one kernel for all parameters instead of several for each.
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
@@ -491,7 +488,10 @@ class Rollout:
 
 def autocast(args: Args, device: torch.device) -> torch.autocast:
     """bfloat16 for the policy, where the hardware multiplies it fast; the novelty networks never run under this."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and fast)
 
 
@@ -501,7 +501,7 @@ def novelty_input(obs: Tensor, obs_stats: RunningMeanStd, norm_obs: str) -> Tens
     if norm_obs != "none":
         x = x - obs_stats.mean.float()
     if norm_obs == "mean-std":
-        # A pixel that never changed has std 0: one grey level is the least deviation that can be seen.
+        # A pixel that never changed has std 0. Our choice: divide by no less than one grey level.
         x = (x / obs_stats.var.sqrt().float().clamp(min=1 / 256)).clamp(-1, 1)
     return x
 
@@ -551,23 +551,17 @@ def novelty(target_features: Tensor, predictor_features: Tensor, scale: float) -
 @torch.no_grad()
 def intrinsic_rewards(learner: Learner, rollout: Rollout, args: Args) -> Tensor:
     """Novelty (T, N) of every row's *next* observation, 0 on reset rows."""
-    num_steps, num_envs = rollout.valid.shape
-    obs = rollout.obs.flatten(0, 1)
-    rewards = torch.empty(len(obs), device=obs.device)
-    for rows in rows_in_chunks(num_steps + 1, num_envs):
-        x = novelty_input(obs[rows], learner.obs_stats, args.norm_obs)
-        rewards[rows] = novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
-    rewards = rewards.view(num_steps + 1, num_envs)[1:] * rollout.valid
+    next_obs = rollout.obs[1:].flatten(0, 1)
+    rewards = torch.empty(len(next_obs), device=next_obs.device)
+    for chunk, chunk_rewards in zip(next_obs.split(2048), rewards.split(2048), strict=True):
+        x = novelty_input(chunk, learner.obs_stats, args.norm_obs)
+        target_features = learner.target(x).clone()  # a CUDA graph's output lasts until the next network runs
+        chunk_rewards.copy_(novelty(target_features, learner.predictor(x), args.int_reward_scale))
+    rewards = rewards.view_as(rollout.valid) * rollout.valid
     if args.norm_int_reward:
         learner.int_returns.update(rewards, rollout.valid, rollout.valid_inds, args.int_gamma)
         rewards = rewards / learner.int_returns.stats.var.sqrt().float().clamp(min=1e-8)
     return rewards
-
-
-def rows_in_chunks(num_steps: int, num_envs: int) -> list[slice]:
-    """Slices of about 2,048 of the num_steps * num_envs rows, whole time steps each."""
-    size = max(1, 2048 // num_envs) * num_envs
-    return [slice(start, min(start + size, num_steps * num_envs)) for start in range(0, num_steps * num_envs, size)]
 
 
 def gae(
@@ -649,6 +643,11 @@ def explained_variance(rollout: Rollout, advantages: Tensor, returns: Tensor, ar
 # ---- Rollout and update ----------------------------------------------------------------------------------------------
 
 
+LOSSES = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "distillation"]
+LOSSES += ["contrastive"]
+NUM_PAIRS = 64  # pairs of states in each step of the contrastive loss
+
+
 @torch.no_grad()
 def collect_rollout(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) -> Rollout:
     """Play `num_steps` steps of every environment; fills obs (T + 1, N, 4, 96, 96) uint8 and returns the rollout.
@@ -680,6 +679,15 @@ def collect_rollout(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) 
     return Rollout(obs, actions, logprobs, torch.stack(values), *from_host)
 
 
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
+    """One gradient step on a scalar loss, the gradient's norm clipped if `max_grad_norm` is given."""
+    optimizer.zero_grad()
+    loss.backward()
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    optimizer.step()
+
+
 def update(learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args) -> dict[str, float]:
     """Train on a rollout; advantages (T, N), returns (T, N, heads).
 
@@ -687,59 +695,39 @@ def update(learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tens
     """
     device = rollout.obs.device
     b_obs = rollout.obs[:-1].flatten(0, 1)
-    b_actions, b_logprobs = rollout.actions.flatten(), rollout.logprobs.flatten()
-    b_advantages, b_returns, b_valid = advantages.flatten(), returns.flatten(0, 1), rollout.valid.flatten()
+    batch = {"actions": rollout.actions, "old_logprobs": rollout.logprobs, "valid": rollout.valid}
+    batch = {name: x.flatten(0, 1) for name, x in (batch | {"advantages": advantages, "returns": returns}).items()}
     minibatch_size = len(b_obs) // args.num_minibatches
     mb_obs = torch.empty(minibatch_size, *b_obs.shape[1:], dtype=torch.uint8, device=device)
     update_proportion = args.update_proportion or min(1, 32 / args.num_envs)
-    trained_values = torch.tensor([args.ext_coef > 0, args.int_coef > 0], device=device)
+    coefs = (args.ext_coef, args.int_coef)
+    trained_values = torch.stack([torch.full((), float(coef > 0), device=device) for coef in coefs])
     totals = torch.zeros(len(LOSSES), device=device)
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(len(b_obs), device=device).split(minibatch_size):
             torch.index_select(b_obs, 0, mb_inds, out=mb_obs)
-            mb_valid = b_valid[mb_inds]
+            mb = {name: x[mb_inds] for name, x in batch.items()}
 
             with autocast(args, device):
                 logits, values = learner.agent(mb_obs)
-            loss, ppo_stats = ppo_loss(
-                logits,
-                values,
-                b_actions[mb_inds],
-                b_logprobs[mb_inds],
-                b_advantages[mb_inds],
-                b_returns[mb_inds],
-                mb_valid,
-                trained_values,
-                args,
-            )
-            learner.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(learner.agent.parameters(), args.max_grad_norm)
-            learner.optimizer.step()
+            loss, ppo_stats = ppo_loss(logits, values, **mb, trained_values=trained_values, args=args)
+            descend(learner.optimizer, loss, args.max_grad_norm)
 
             pair_inds, labels = draw_pairs(rollout.valid_inds, NUM_PAIRS)
             pairs = novelty_input(b_obs[pair_inds], learner.obs_stats, args.norm_obs)
             contrastive = contrastive_loss(learner.target(augment(pairs)), labels)
-            learner.target_optimizer.zero_grad()
-            contrastive.backward()
-            learner.target_optimizer.step()
+            descend(learner.target_optimizer, contrastive)
 
             x = novelty_input(mb_obs, learner.obs_stats, args.norm_obs)
             with torch.no_grad():
-                mb_target = learner.target(x)
-            distillation = distillation_loss(learner.predictor(x), mb_target, mb_valid, update_proportion)
-            learner.predictor_optimizer.zero_grad()
-            distillation.backward()
-            learner.predictor_optimizer.step()
+                mb_target = learner.target(x).clone()  # the predictor's CUDA graph may reuse its memory
+            distillation = distillation_loss(learner.predictor(x), mb_target, mb["valid"], update_proportion)
+            descend(learner.predictor_optimizer, distillation)
 
             totals += torch.cat([ppo_stats, torch.stack([distillation.detach(), contrastive.detach()])])
     totals /= args.update_epochs * args.num_minibatches
     return dict(zip(LOSSES, totals.tolist(), strict=True))
 
-
-LOSSES = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "distillation"]
-LOSSES += ["contrastive"]
-NUM_PAIRS = 64  # pairs of states in each step of the contrastive loss
 
 # ---- Book-keeping ----------------------------------------------------------------------------------------------------
 
@@ -770,6 +758,14 @@ def open_run(run_dir: Path, new: bool) -> object:
     return lock
 
 
+def discard_run(run_dir: Path) -> None:
+    """Take back the files of a run that could not start, and its folder if nothing else is in it."""
+    for path in [run_dir / "checkpoint.pt", run_dir / "lock", *run_dir.glob("events.out.tfevents.*")]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        run_dir.rmdir()
+
+
 def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
     """Write `checkpoint.pt` so that a kill at any instant leaves the old one or the new one; OSError if it cannot."""
     state = {
@@ -782,7 +778,7 @@ def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict)
             "python": random.getstate(),
             "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         },
     }
     path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
@@ -818,22 +814,16 @@ def load_checkpoint(path: Path) -> dict:
         if damaged:
             raise ValueError(f"{damaged} is corrupted")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        script, version, names = state["script"], state["version"], sorted(state["args"])
+        range(state["counters"]["iteration"]), set(state["counters"]["rooms"]), deque(state["counters"]["scores"])
     except Exception as error:  # whatever a broken or hostile file makes the readers raise
         fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
-    if not isinstance(state, dict) or not {"version", "script", "args", "learner", "counters", "random"} <= set(state):
-        fail(f"{path} is not a checkpoint of {SCRIPT}")
-    if state["version"] != CHECKPOINT_VERSION:
-        fail(f"{path} has format version {state['version']}; this {SCRIPT} reads version {CHECKPOINT_VERSION}")
-    if state["script"] != SCRIPT:
-        fail(f"{path} was written by {state['script']}; resume it with that script")
-    if not isinstance(state["args"], dict) or set(state["args"]) != {field.name for field in fields(Args)}:
+    if script != SCRIPT:
+        fail(f"{path} was written by {script}; resume it with that script")
+    if version != CHECKPOINT_VERSION:
+        fail(f"{path} has format version {version}; this {SCRIPT} reads version {CHECKPOINT_VERSION}")
+    if names != sorted(field.name for field in fields(Args)):
         fail(f"{path} was written by a {SCRIPT} with other arguments")
-    try:
-        check_args(Args(**state["args"]))
-        iteration, rooms, scores = (state["counters"][name] for name in ("iteration", "rooms", "scores"))
-        range(iteration), set(rooms), [float(score) for score in scores]
-    except (KeyError, TypeError, ValueError) as error:
-        fail(f"{path} holds arguments or counters that make no sense: {error}")
     return state
 
 
@@ -849,8 +839,8 @@ def restore(state: dict, learner: Learner, path: Path) -> None:
         random.setstate(state["random"]["python"])
         np.random.set_state(tuple(state["random"]["numpy"]))
         torch.set_rng_state(state["random"]["torch"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        if state["random"]["cuda"] is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(state["random"]["cuda"])
     except Exception as error:
         fail(f"{path} does not fit this {SCRIPT}: {' '.join(str(error).split())[:200]}")
 
@@ -865,15 +855,13 @@ def parse_args() -> tuple[Args, dict | None]:
         return args, None
     state = load_checkpoint(Path(args.resume) / "checkpoint.pt")
     saved = Args(**state["args"])
+    check_args(saved)
     args = tyro.cli(Args, description=summary, default=saved)
-    for field in fields(Args):
-        given, old = getattr(args, field.name), getattr(saved, field.name)
-        flag = f"--{field.name.replace('_', '-')}"
-        if field.name == "total_timesteps" and given < old:
-            fail(f"{flag} {given} contradicts the saved {old}: it can only be raised")
-        if field.name not in ("resume", "total_timesteps") and given != old:
-            fail(f"{flag} {given} contradicts the saved {old}: leave it out, or start a new run")
-    check_args(args)
+    for name, old in asdict(saved).items():
+        given = getattr(args, name)
+        if (given < old) if name == "total_timesteps" else (given != old and name != "resume"):
+            hint = "it can only be raised" if name == "total_timesteps" else "leave it out, or start a new run"
+            fail(f"{flag(name)} {given} contradicts the saved {old}: {hint}")
     return args, state
 
 
@@ -882,9 +870,10 @@ def keep_freed_memory() -> None:
 
     On a CPU every activation of every minibatch would otherwise be mapped and zeroed anew (see benchmark/README.md).
     """
-    if hasattr(LIBC := ctypes.CDLL(None), "mallopt"):
-        LIBC.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
-        LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back below 2 GiB
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back below 2 GiB
 
 
 def check_finite(scalars: dict[str, float], learner: Learner, step: int, run_dir: Path) -> None:
@@ -898,18 +887,19 @@ def check_finite(scalars: dict[str, float], learner: Learner, step: int, run_dir
             fail(f"step {step}: {name} is {value}; the last good checkpoint is kept in {run_dir}", status=1)
 
 
-class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a number to look at between iterations; the second kills at once."""
+def catch_stop_signals() -> list[int]:
+    """A list that receives the first SIGTERM or Ctrl-C, to look at between iterations; the next one kills at once."""
+    caught: list[int] = []
 
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
-
-    def catch(self, number: int, _frame: object) -> None:
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
+    def catch(number: int, _frame: object) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print(f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops now", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
 
 
 class Log:
@@ -986,32 +976,36 @@ def main() -> None:
     if counters["iteration"] >= num_iterations:
         print(f"{run_dir} is finished: {num_iterations * batch_size:,} steps; raise --total-timesteps to go on")
         return
-    lock, stop = open_run(run_dir, new=state is None), StopSignal()  # noqa: F841, the lock lives with its name
+    lock, stop = open_run(run_dir, new=state is None), catch_stop_signals()  # noqa: F841, the lock lives with its name
 
-    # Emulators cannot be saved: a resumed run starts new episodes, from seeds of their own.
-    env_seed = int(np.random.SeedSequence([args.seed, counters["iteration"]]).generate_state(1)[0] >> 2)
-    envs = AtariEnvs(args, env_seed)
     keep_freed_memory()
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("no CUDA device found: training on the CPU", file=sys.stderr)
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    # Emulators cannot be saved: a resumed run starts new episodes, from seeds of their own.
+    env_seed = int(np.random.SeedSequence([args.seed, counters["iteration"]]).generate_state(1)[0] >> 2)
+    obs_stats = RunningMeanStd((1, 96, 96))
+    if state is None:
+        init_obs_stats(obs_stats, args, env_seed)
+    envs = AtariEnvs(args, env_seed)
     learner = Learner(args, envs.num_actions, device)
-    obs = torch.zeros(args.num_steps + 1, args.num_envs, 4, 96, 96, dtype=torch.uint8, device=device)
+    learner.obs_stats.load_state_dict(obs_stats.state_dict())
+    if state:
+        restore(state, learner, run_dir / "checkpoint.pt")
     try:
-        if state:
-            restore(state, learner, run_dir / "checkpoint.pt")
-        else:
-            init_obs_stats(learner.obs_stats, args, env_seed)
+        if state is None:
             save_checkpoint(run_dir, args, learner, counters)
         log = Log(run_dir, args, counters["iteration"] * batch_size)
     except OSError as error:
         if state is None:
-            shutil.rmtree(run_dir, ignore_errors=True)
+            discard_run(run_dir)
         fail(f"cannot write to {run_dir}: {error}")
+    obs = torch.zeros(args.num_steps + 1, args.num_envs, 4, 96, 96, dtype=torch.uint8, device=device)
     scores = deque(counters["scores"], maxlen=100)
     if envs.rooms is not None:
         envs.rooms.update(counters["rooms"])
@@ -1031,9 +1025,9 @@ def main() -> None:
 
         step = iteration * batch_size
         scores.extend(envs.returns)
-        valid_rewards = int_rewards.flatten()[rollout.valid_inds]
         scalars = {f"losses/{name}": value for name, value in losses.items()}
         scalars["losses/explained_variance"] = explained_variance(rollout, advantages, returns, args).item()
+        valid_rewards = int_rewards.flatten()[rollout.valid_inds]
         scalars["charts/intrinsic_reward"] = valid_rewards.mean().item()
         scalars["charts/intrinsic_reward_std"] = valid_rewards.std(correction=0).item()
         check_finite(scalars, learner, step, run_dir)
@@ -1048,11 +1042,11 @@ def main() -> None:
         log.write(scalars, step)
         progress.show(step, scores, envs.rooms, scalars["charts/intrinsic_reward"], iteration == num_iterations)
         counters = {"iteration": iteration, "rooms": sorted(envs.rooms or ()), "scores": list(scores)}
-        if iteration % args.checkpoint_interval == 0 or iteration == num_iterations or stop.number:
+        if iteration % args.checkpoint_interval == 0 or iteration == num_iterations or stop:
             try_checkpoint(run_dir, args, learner, counters)
-        if stop.number:
+        if stop:
             print(f"\nstopped at step {step:,}; go on with: python {sys.argv[0]} --resume {run_dir}")
-            sys.exit(128 + stop.number)
+            sys.exit(128 + stop[0])
 
 
 if __name__ == "__main__":
