@@ -21,20 +21,24 @@ import contextlib
 import ctypes
 import difflib
 import fcntl
+import gc
 import importlib.util
 import math
+import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TextIO, get_args, get_origin
 
 import gymnasium
 import numpy as np
@@ -137,9 +141,17 @@ class Args:
     """share of the distillation loss's elements that is kept, in (0, 1]; unset: min(1, 32 / num_envs)"""
 
 
+def say(text: str, stream: TextIO, end: str = "\n") -> None:
+    """Print and flush; where the terminal is gone or the disk is full, train on in silence."""
+    try:
+        print(text, file=stream, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def fail(message: str, status: int = 2) -> NoReturn:
     """End the program with one line on standard error."""
-    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    say(f"{SCRIPT}: {message}", sys.stderr)
     raise SystemExit(status)
 
 
@@ -229,6 +241,8 @@ class AtariGame(gymnasium.Env):
         import ale_py
         import cv2
 
+        if sys.platform == "linux" and multiprocessing.parent_process():
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a worker ends with the training process
         cv2.setNumThreads(1)
         self.resize = partial(cv2.resize, dsize=(96, 96), interpolation=cv2.INTER_AREA)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -267,10 +281,13 @@ class AtariGame(gymnasium.Env):
         reward = 0.0
         for frame in range(4):
             reward += self.ale.act(self.actions[action])
-            self.ale.getScreenGrayscale(self.screens[frame % 2])
-            if self.ale.game_over():
+            if frame >= 2:
+                self.ale.getScreenGrayscale(self.screens[frame - 2])
+            if self.ale.game_over():  # the last frame is then, as in EnvPool, the newest that was taken
                 break
-        self.push_frame(self.screens.max(axis=0))
+        if frame == 3:
+            np.maximum(*self.screens, out=self.screens[0])
+        self.push_frame(self.screens[0])
         self.elapsed_steps += 1
         game_over, life_lost = self.ale.game_over(), 0 < self.ale.lives() < self.lives
         self.lives = self.ale.lives()
@@ -323,7 +340,9 @@ class AtariEnvs:
             handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            gc.freeze()  # nor may a worker collect, and so destroy, objects that belong to this process's threads
             self.envs = gymnasium.vector.AsyncVectorEnv(games, context="fork")
+            gc.unfreeze()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.num_actions = int(self.envs.single_action_space.n)
@@ -736,25 +755,24 @@ CHECKPOINT_VERSION = 1
 
 def warn(message: str) -> None:
     """One line on standard error; training goes on."""
-    print(f"\r{SCRIPT}: warning: {message}", file=sys.stderr)
+    say(f"\r{SCRIPT}: warning: {message}", sys.stderr)
 
 
-def open_run(run_dir: Path, new: bool) -> object:
+def open_run(run_dir: Path, new: bool) -> TextIO:
     """Make a new run's folder, or take an old one's, and hold it for this process; keep the result.
 
     The lock falls with the process, however it dies. Exit status 2 if the folder is taken or cannot be written.
     """
-    if new and (run_dir / "checkpoint.pt").exists():
-        fail(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-name")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / "lock", "a")  # noqa: SIM115, open as long as the run lasts
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, forked workers do not inherit it
+    except (BlockingIOError, PermissionError):
+        fail(f"{run_dir} is in use by another process, or may not be written")
     except OSError as error:
         fail(f"cannot write to {run_dir}: {error.strerror}")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, forked workers do not inherit it
-    except OSError:
-        fail(f"{run_dir} is in use by another process")
+    if new and (run_dir / "checkpoint.pt").exists():
+        fail(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-name")
     return lock
 
 
@@ -793,7 +811,8 @@ def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict)
         os.close(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch.save makes of a failed write
         temporary.unlink(missing_ok=True)
-        raise OSError(str(error).splitlines()[0]) from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(str(cause).splitlines()[0]) from error
 
 
 def try_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
@@ -814,17 +833,30 @@ def load_checkpoint(path: Path) -> dict:
         if damaged:
             raise ValueError(f"{damaged} is corrupted")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        script, version, names = state["script"], state["version"], sorted(state["args"])
-        range(state["counters"]["iteration"]), set(state["counters"]["rooms"]), deque(state["counters"]["scores"])
+        script, version, saved, counters = (state[name] for name in ("script", "version", "args", "counters"))
+        numbers = [counters["iteration"], *counters["rooms"], *counters["scores"]]
+        if not (isinstance(saved, dict) and {type(number) for number in numbers} <= {int, float}):
+            raise ValueError("it has another layout")
     except Exception as error:  # whatever a broken or hostile file makes the readers raise
         fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
     if script != SCRIPT:
         fail(f"{path} was written by {script}; resume it with that script")
-    if version != CHECKPOINT_VERSION:
+    if type(version) is not int or version != CHECKPOINT_VERSION:
         fail(f"{path} has format version {version}; this {SCRIPT} reads version {CHECKPOINT_VERSION}")
-    if names != sorted(field.name for field in fields(Args)):
+    known = {field.name: field.type for field in fields(Args)}
+    if set(saved) != set(known) or not all(is_of(value, known[name]) for name, value in saved.items()):
         fail(f"{path} was written by a {SCRIPT} with other arguments")
+    if type(counters["iteration"]) is not int or counters["iteration"] < 0:
+        fail(f"{path} counts {counters['iteration']} iterations")
+    check_args(Args(**saved))
     return state
+
+
+def is_of(value: object, kind: type) -> bool:
+    """Whether a saved argument has the type of its field: a class, a union of classes or a Literal."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) in (get_args(kind) or (kind,))
 
 
 def restore(state: dict, learner: Learner, path: Path) -> None:
@@ -834,7 +866,8 @@ def restore(state: dict, learner: Learner, path: Path) -> None:
             part.load_state_dict(state["learner"][name])
             if isinstance(part, torch.optim.Optimizer):  # which itself does not compare shapes
                 for parameter, moments in part.state.items():
-                    if moments["exp_avg"].shape != parameter.shape or moments["exp_avg_sq"].shape != parameter.shape:
+                    shapes = [moments[moment].shape for moment in ("exp_avg", "exp_avg_sq", "step")]
+                    if shapes != [parameter.shape, parameter.shape, ()]:
                         raise ValueError(f"{name} belongs to another network")
         random.setstate(state["random"]["python"])
         np.random.set_state(tuple(state["random"]["numpy"]))
@@ -845,24 +878,26 @@ def restore(state: dict, learner: Learner, path: Path) -> None:
         fail(f"{path} does not fit this {SCRIPT}: {' '.join(str(error).split())[:200]}")
 
 
-def parse_args() -> tuple[Args, dict | None]:
-    """The arguments and, with --resume, the checkpoint to go on from; exit status 2 if they cannot be used."""
+def parse_args() -> tuple[Args, Path, dict | None, TextIO]:
+    """The arguments, the run's folder, with --resume its checkpoint, and its lock; exit status 2 if they are wrong."""
     summary = __doc__.splitlines()[0]
     args = tyro.cli(Args, description=summary)
     if args.resume is None:
         check_args(args)
         args.run_name = args.run_name or f"{game_of(args)}__{SCRIPT}__{args.seed}__{int(time.time())}"
-        return args, None
-    state = load_checkpoint(Path(args.resume) / "checkpoint.pt")
-    saved = Args(**state["args"])
-    check_args(saved)
+        run_dir = Path("runs", args.run_name)
+        return args, run_dir, None, open_run(run_dir, new=True)
+    run_dir = Path(args.resume)
+    saved = Args(**load_checkpoint(run_dir / "checkpoint.pt")["args"])
     args = tyro.cli(Args, description=summary, default=saved)
     for name, old in asdict(saved).items():
         given = getattr(args, name)
         if (given < old) if name == "total_timesteps" else (given != old and name != "resume"):
             hint = "it can only be raised" if name == "total_timesteps" else "leave it out, or start a new run"
             fail(f"{flag(name)} {given} contradicts the saved {old}: {hint}")
-    return args, state
+    lock = open_run(run_dir, new=False)
+    # Read again: until the lock was free, its holder may have gone on.
+    return args, run_dir, load_checkpoint(run_dir / "checkpoint.pt"), lock
 
 
 def keep_freed_memory() -> None:
@@ -895,7 +930,7 @@ def catch_stop_signals() -> list[int]:
         caught.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops now", file=sys.stderr)
+        say(f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops now", sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)
@@ -907,6 +942,10 @@ class Log:
 
     def __init__(self, run_dir: Path, args: Args, step: int):
         self.run_dir = run_dir
+        # The writer's thread need not print the error that `write` reports.
+        threading.excepthook = lambda error: (
+            None if isinstance(error.exc_value, OSError) else threading.__excepthook__(error)
+        )
         if args.track:
             import wandb
 
@@ -932,6 +971,7 @@ class Log:
 
     def write(self, scalars: dict[str, float], step: int) -> None:
         """Log {tag: value} at an agent step; on disk when this returns."""
+        older = set(self.run_dir.glob("events.out.tfevents.*")) if self.writer is None else None
         try:
             if self.writer is None:
                 self.open(step - 1)
@@ -941,6 +981,8 @@ class Log:
         except OSError as error:
             warn(f"step {step} was not logged: {error}")
             self.writer = None
+            for path in set(self.run_dir.glob("events.out.tfevents.*")) - older if older is not None else ():
+                path.unlink()  # it was opened for this step alone
 
 
 class Progress:
@@ -961,27 +1003,29 @@ class Progress:
         line += f" | return {np.mean(scores):,.1f}" if scores else " | return -"
         line += f" | rooms {len(rooms)}" if rooms is not None else ""
         line += f" | r_int {int_reward:.4f}"
-        print(f"\r{line}\x1b[K" if terminal else line, end="\n" if final or not terminal else "", flush=True)
+        say(f"\r{line}\x1b[K" if terminal else line, sys.stdout, end="\n" if final or not terminal else "")
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    args, state = parse_args()
-    run_dir = Path(args.resume or f"runs/{args.run_name}")
+    args, run_dir, state, lock = parse_args()  # noqa: RUF059, the lock is held as long as its name lives
+    resume_command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     counters = state["counters"] if state else {"iteration": 0, "rooms": [], "scores": []}
     if counters["iteration"] >= num_iterations:
-        print(f"{run_dir} is finished: {num_iterations * batch_size:,} steps; raise --total-timesteps to go on")
+        say(
+            f"{run_dir} is finished: {num_iterations * batch_size:,} steps; raise --total-timesteps to go on",
+            sys.stdout,
+        )
         return
-    lock, stop = open_run(run_dir, new=state is None), catch_stop_signals()  # noqa: F841, the lock lives with its name
-
+    stop = catch_stop_signals()
     keep_freed_memory()
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
-        print("no CUDA device found: training on the CPU", file=sys.stderr)
+        say("no CUDA device found: training on the CPU", sys.stderr)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     random.seed(args.seed)
@@ -990,9 +1034,12 @@ def main() -> None:
     # Emulators cannot be saved: a resumed run starts new episodes, from seeds of their own.
     env_seed = int(np.random.SeedSequence([args.seed, counters["iteration"]]).generate_state(1)[0] >> 2)
     obs_stats = RunningMeanStd((1, 96, 96))
-    if state is None:
-        init_obs_stats(obs_stats, args, env_seed)
-    envs = AtariEnvs(args, env_seed)
+    try:
+        if state is None:
+            init_obs_stats(obs_stats, args, env_seed)
+        envs = AtariEnvs(args, env_seed)
+    except (EOFError, ConnectionError):
+        fail("an environment process died at the start", status=1)
     learner = Learner(args, envs.num_actions, device)
     learner.obs_stats.load_state_dict(obs_stats.state_dict())
     if state:
@@ -1017,7 +1064,7 @@ def main() -> None:
             rollout = collect_rollout(envs, learner, obs, args)
         except (EOFError, ConnectionError):  # what is learned is as the last iteration left it
             try_checkpoint(run_dir, args, learner, counters)
-            fail(f"an environment process died; go on with: python {sys.argv[0]} --resume {run_dir}", status=1)
+            fail(f"an environment process died; go on with: {resume_command}", status=1)
         update_obs_stats(learner.obs_stats, obs[:-1].flatten(0, 1), rollout.valid_inds)
         int_rewards = intrinsic_rewards(learner, rollout, args)
         advantages, returns = estimate_advantages(rollout, int_rewards, args)
@@ -1042,10 +1089,11 @@ def main() -> None:
         log.write(scalars, step)
         progress.show(step, scores, envs.rooms, scalars["charts/intrinsic_reward"], iteration == num_iterations)
         counters = {"iteration": iteration, "rooms": sorted(envs.rooms or ()), "scores": list(scores)}
-        if iteration % args.checkpoint_interval == 0 or iteration == num_iterations or stop:
+        stopping = bool(stop)  # looked at once: a signal after this line is seen in the next iteration
+        if iteration % args.checkpoint_interval == 0 or iteration == num_iterations or stopping:
             try_checkpoint(run_dir, args, learner, counters)
-        if stop:
-            print(f"\nstopped at step {step:,}; go on with: python {sys.argv[0]} --resume {run_dir}")
+        if stopping:
+            say(f"\nstopped at step {step:,}; go on with: {resume_command}", sys.stdout)
             sys.exit(128 + stop[0])
 
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Breakout without external rewards: 32 games, a lost life ends the episode, no sticky actions.
+# Settable: SEEDS, WORKERS and TOTAL_TIMESTEPS in the environment, flags of run.py, and after -- flags for every run:
+#     SEEDS=1 WORKERS=2 bash benchmark/breakout_without_reward.sh --dry-run -- --compile
+cd "$(dirname "$0")/.." || exit
+
+flags='--model C --ext-coef 0 --num-envs 32 --episodic-life --repeat-action-probability 0'
+python benchmark/run.py --env-ids BreakoutNoFrameskip-v4 \
+    --num-seeds "${SEEDS:-3}" --workers "${WORKERS:-1}" --total-timesteps "${TOTAL_TIMESTEPS:-32000000}" \
+    --commands \
+    ppo_rnd_without_reward "python ppo_rnd_atari.py $flags" \
+    ppo_snd_without_reward "python ppo_snd_atari.py $flags" \
+    "$@"

@@ -1,0 +1,251 @@
+"""Play a checkpoint: scores, rooms and a film of it.
+
+    python benchmark/enjoy.py runs/NAME
+    python benchmark/enjoy.py runs/NAME --episodes 20 --greedy --output films/venture
+    python benchmark/enjoy.py runs/NAME --script ~/mine/my_snd.py
+
+An episode is a whole game, under the protocol the run was trained with. No screen is needed.
+"""
+
+import argparse
+import importlib
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import cv2
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]  # where the training scripts are
+FRAME_RATE = 15  # pictures a second: the console's 60, of which an agent sees every fourth
+STRIP = 30  # pixels below the game's picture, for the numbers
+GIF_SECONDS = 30  # longer ones get too large to show
+
+
+@dataclass
+class Episode:
+    """What came of one game: its true score, its agent steps, the rooms seen, the intrinsic reward of each step."""
+
+    score: float
+    length: int
+    rooms: set[int]
+    int_rewards: list[float]
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on standard error, exit status 2."""
+    print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_run(run_dir: Path, script: Path | None = None) -> tuple[ModuleType, Any, dict]:
+    """The module of a run's script, its arguments and its checkpoint; exit status 2 if one of them is missing.
+
+    The script is the one that the checkpoint names, in the project's folder, unless `script` is its path.
+    """
+    path = run_dir / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"{run_dir}: there is no checkpoint.pt in that folder")
+    if script is None:
+        try:
+            name = torch.load(path, map_location="cpu", weights_only=True)["script"]
+            known = bool(re.fullmatch(r"\w+", name)) and (ROOT / f"{name}.py").is_file()
+        except Exception as error:  # whatever a broken or foreign file makes the reader raise
+            fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        if not known:
+            fail(f"{path} was written by {name!r}, which is not in {ROOT}: give its path with --script")
+        script = ROOT / f"{name}.py"
+    elif not script.is_file():
+        fail(f"--script {script}: there is no such file")
+    folder = str(script.resolve().parent)
+    for name in ("models", script.stem):  # a copied script has a models.py of its own
+        sys.modules.pop(name, None)
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(script.stem)
+        state = module.load_checkpoint(path)
+        args = module.Args(**state["args"])
+    except (ImportError, AttributeError, SyntaxError) as error:
+        fail(f"{script} is not a training script of this project: {error}")
+    finally:
+        sys.path.remove(folder)
+    return module, replace(args, compile=False), state
+
+
+def make_game(module: ModuleType, args: Any, seed: int) -> Any:
+    """One emulator of the run's game and protocol, whose colour screen can be read, whatever the run's backend."""
+    rom = module.rom_names("gymnasium")[module.game_of(replace(args, env_backend="gymnasium"))]
+    return module.AtariGame(rom, seed, args.repeat_action_probability, args.episodic_life)
+
+
+def load_learner(module: ModuleType, args: Any, state: dict, num_actions: int, path: Path, device: torch.device) -> Any:
+    """The script's Learner with the checkpoint's weights and statistics."""
+    learner = module.Learner(args, num_actions, device)
+    module.restore(state, learner, path)
+    return learner
+
+
+def choose_actions(module: ModuleType, learner: Any, args: Any, obs: torch.Tensor, greedy: bool) -> np.ndarray:
+    """Actions (batch,) int64 for obs (batch, 4, 96, 96) uint8: the likeliest, or drawn from the policy."""
+    with torch.no_grad(), module.autocast(args, obs.device):
+        logits, _ = learner.agent(obs)
+    actions = logits.argmax(dim=1) if greedy else torch.multinomial(logits.softmax(dim=1), 1)[:, 0]
+    return actions.cpu().numpy()
+
+
+@torch.no_grad()
+def intrinsic_reward(module: ModuleType, learner: Any, args: Any, obs: torch.Tensor) -> float:
+    """The novelty of obs (1, 4, 96, 96) uint8 in the run's own scale."""
+    x = module.novelty_input(obs, learner.obs_stats, args.norm_obs)
+    reward = module.novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
+    if args.norm_int_reward:
+        reward = reward / learner.int_returns.stats.var.sqrt().float().clamp(min=1e-8)
+    return reward.item()
+
+
+def picture(screen: np.ndarray, score: float, room: int | None, int_reward: float) -> np.ndarray:
+    """The game's screen (210, 160, 3) uint8 with a strip of numbers below it: (240, 160, 3)."""
+    image = np.zeros((screen.shape[0] + STRIP, *screen.shape[1:]), np.uint8)
+    image[: screen.shape[0]] = screen
+    lines = [f"score {score:,.0f}" + (f"  room {room}" if room is not None else ""), f"intrinsic {int_reward:.4f}"]
+    for row, text in enumerate(lines):
+        place = (4, screen.shape[0] + 12 + 14 * row)
+        cv2.putText(image, text, place, cv2.FONT_HERSHEY_PLAIN, 0.8, (255, 255, 255), 1, cv2.LINE_AA)
+    return image
+
+
+def play(
+    module: ModuleType,
+    game: Any,
+    learner: Any,
+    args: Any,
+    name: str,
+    greedy: bool,
+    max_steps: int | None,
+    film: list | None,
+) -> Episode:
+    """Play one game to its end (or for `max_steps`); appends its pictures to `film` unless that is None."""
+    device = next(learner.agent.parameters()).device
+    episode, room = Episode(0.0, 0, set(), []), None
+    obs, info = game.reset()
+    last_ram, start, life_lost, over = info["ram"], True, False, False
+    while True:
+        batch = torch.from_numpy(obs)[None].to(device)
+        if name in module.ROOM_GAMES:
+            seen = int(module.rooms_of(name, info["ram"][None], last_ram[None], np.array([start]))[0])
+            if seen >= 0:
+                room = seen
+                episode.rooms.add(room)
+        if not start:
+            episode.int_rewards.append(intrinsic_reward(module, learner, args, batch))
+        if film is not None:
+            shown = episode.int_rewards[-1] if episode.int_rewards else 0.0
+            film.append(picture(game.ale.getScreenRGB(), episode.score, room, shown))
+        if over:
+            return episode
+        if life_lost:  # under --episodic-life a reset plays no-ops and FIRE, and the game goes on
+            obs, info = game.reset()
+            batch = torch.from_numpy(obs)[None].to(device)
+        last_ram, start = info["ram"], False
+        action = int(choose_actions(module, learner, args, batch, greedy)[0])
+        obs, _, life_lost, truncated, info = game.step(action)
+        episode.score += info["reward"]
+        episode.length += 1
+        over = info["terminated"] or truncated or episode.length == max_steps
+
+
+def write_film(path: Path, film: list[np.ndarray]) -> None:
+    """Write PATH.mp4 and PATH.gif, or neither; raises OSError."""
+    kinds = {
+        ".mp4": (film, dict(fps=FRAME_RATE, codec="libx264", quality=8, ffmpeg_log_level="error")),
+        ".gif": (film[: GIF_SECONDS * FRAME_RATE : 2], dict(duration=2000 / FRAME_RATE, loop=0)),
+    }
+    parts = {ending: path.with_name(f".{path.name}.part{ending}") for ending in kinds}
+    try:
+        for ending, (frames, options) in kinds.items():
+            with imageio.get_writer(parts[ending], **options) as writer:
+                for frame in frames:
+                    writer.append_data(frame)
+        for ending, part in parts.items():
+            part.replace(f"{path}{ending}")
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def summary(episodes: list[Episode]) -> str:
+    """Mean and spread of the games, and their rooms."""
+    scores, lengths = np.array([e.score for e in episodes]), np.array([e.length for e in episodes])
+    rooms = set().union(*(e.rooms for e in episodes))
+    lines = [
+        f"score {scores.mean():,.1f} ± {scores.std():,.1f} (standard deviation over {len(scores)} "
+        f"episode{'s' * (len(scores) > 1)}; from {scores.min():,.0f} to {scores.max():,.0f})",
+        f"length {lengths.mean():,.1f} ± {lengths.std():,.1f} agent steps",
+        f"intrinsic reward {np.mean([r for e in episodes for r in e.int_rewards]):.4f} a step",
+    ]
+    if rooms:
+        each = np.mean([len(e.rooms) for e in episodes])
+        lines.append(f"rooms {each:.1f} an episode, {len(rooms)} in all: {', '.join(map(str, sorted(rooms)))}")
+    return "\n".join(lines)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; exit status 2 if a number makes no sense."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run, with its checkpoint.pt")
+    parser.add_argument("--episodes", type=int, default=5, help="games to play (default: 5)")
+    parser.add_argument(
+        "--film-episodes", type=int, default=1, help="how many of them to film (default: 1; 0: no film)"
+    )
+    parser.add_argument(
+        "--greedy", action="store_true", help="take the likeliest action (default: draw from the policy)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the games and of the actions (default: 1)")
+    parser.add_argument("--max-steps", type=int, help="end a game after this many agent steps (default: at its end)")
+    parser.add_argument("--output", type=Path, help="film, without ending (default: RUN/enjoy)")
+    parser.add_argument("--script", type=Path, help="the training script, where it is not the project's own")
+    options = parser.parse_args(argv)
+    for name, least in dict(episodes=1, film_episodes=0, seed=0, max_steps=1).items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            fail(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
+    output = options.output or options.run / "enjoy"
+    module, args, state = load_run(options.run, options.script)
+    name, game = module.game_of(args), make_game(module, args, options.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    num_actions = int(game.action_space.n)
+    learner = load_learner(module, args, state, num_actions, options.run / "checkpoint.pt", device)
+    torch.manual_seed(options.seed)
+
+    step = state["counters"]["iteration"] * args.num_envs * args.num_steps
+    print(f"{name}, {state['script']}, step {step:,}, {'greedy' if options.greedy else 'sampled'} actions")
+    film, episodes = [], []
+    with tqdm(total=options.episodes, unit="episode") as bar:
+        for i in range(options.episodes):
+            frames = film if i < options.film_episodes else None
+            episodes.append(play(module, game, learner, args, name, options.greedy, options.max_steps, frames))
+            bar.set_postfix(score=f"{episodes[-1].score:,.0f}", steps=episodes[-1].length)
+            bar.update()
+    print(summary(episodes))
+    if film:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_film(output, film)
+        except OSError as error:
+            fail(f"cannot write to {output.parent}: {error.strerror or error}")
+        print(f"{output}.mp4, {output}.gif: {len(film) / FRAME_RATE:.0f} s of play")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Do the target's features spread inside rooms? Two or more checkpoints look at the same states.
+
+    python benchmark/features.py runs/RND_RUN runs/SND_RUN
+    python benchmark/features.py runs/RND_RUN runs/SND_RUN --states 4000 --random-actions 0.5 --output figures/features
+
+States are collected with one run's policy; each run's target embeds them in 512 dimensions. The figure shows them in
+two (t-SNE), coloured by room; the numbers beside it are taken in all 512:
+
+- room purity: the share of a state's 10 nearest neighbours that are in its own room (chance: of any other state);
+- spread in rooms: the mean distance of two states of one room, divided by the mean distance of any two states. It is
+  free of the features' scale; small means tight islands, 1 means that rooms are not told apart.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from enjoy import choose_actions, fail, load_learner, load_run, make_game
+from matplotlib import pyplot as plt
+from sklearn.manifold import TSNE
+from sklearn.metrics import pairwise_distances
+from tqdm import tqdm
+
+NEIGHBOURS = 10
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito, no yellow
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+
+
+@torch.no_grad()
+def collect_states(
+    module: ModuleType, learner: Any, args: Any, num_states: int, every: int, random_actions: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Play `args.num_envs` games side by side and keep every so many-th step until there are enough states.
+
+    Returns the states (num_states, 4, 96, 96) uint8 and their rooms (num_states,) int.
+    """
+    envs, rng, device = (
+        module.AtariEnvs(args, seed),
+        np.random.default_rng(seed),
+        next(learner.agent.parameters()).device,
+    )
+    states, rooms, last_ram, first = [], [], envs.ram, np.ones(args.num_envs, bool)
+    current = np.full(args.num_envs, -1)
+    try:
+        with tqdm(total=num_states, unit="state") as bar:
+            for step in range(1, 1_000_000_000):
+                seen = module.rooms_of(envs.game, envs.ram, last_ram, first)
+                current = np.where(seen >= 0, seen, current)
+                if step % every == 0:
+                    keep = current >= 0
+                    states.append(envs.next_obs[keep].copy())
+                    rooms.append(current[keep])
+                    bar.update(min(int(keep.sum()), num_states - bar.n))
+                if bar.n == num_states:
+                    break
+                actions = choose_actions(
+                    module, learner, args, torch.from_numpy(envs.next_obs).to(device), greedy=False
+                )
+                explore = rng.random(args.num_envs) < random_actions
+                actions[explore] = rng.integers(envs.num_actions, size=explore.sum())
+                last_ram, first = envs.ram, envs.next_done
+                envs.step(actions.astype(np.int32))
+    finally:
+        envs.close()
+    return np.concatenate(states)[:num_states], np.concatenate(rooms)[:num_states]
+
+
+@torch.no_grad()
+def target_features(module: ModuleType, learner: Any, args: Any, states: np.ndarray) -> np.ndarray:
+    """The target's features (states, 512) float32, of frames normalised as the run does it."""
+    device = next(learner.target.parameters()).device
+    chunks = torch.from_numpy(states).split(256)
+    inputs = (module.novelty_input(chunk.to(device), learner.obs_stats, args.norm_obs) for chunk in chunks)
+    return torch.cat([learner.target(x).cpu() for x in inputs]).numpy()
+
+
+def room_numbers(features: np.ndarray, rooms: np.ndarray) -> dict[str, float]:
+    """Purity of the nearest neighbours, its chance level, and the spread in rooms, of features (states, dims)."""
+    distances = pairwise_distances(features.astype(np.float64))
+    others = ~np.eye(len(rooms), dtype=bool)
+    same = (rooms[:, None] == rooms) & others
+    nearest = np.argsort(np.where(others, distances, np.inf), axis=1, kind="stable")[:, :NEIGHBOURS]
+    overall = distances[others].mean()
+    each = [distances[np.ix_(rooms == room, rooms == room)] for room in np.unique(rooms)]
+    # A mean over rooms, not over pairs: the room where the agent starts would drown the others.
+    within = [block.sum() / (len(block) * (len(block) - 1)) for block in each if len(block) > 1]
+    return {
+        "room_purity": float(np.take_along_axis(same, nearest, axis=1).mean()),
+        "room_purity_by_chance": float(same.sum() / others.sum()),
+        "spread_in_rooms": float(np.mean(within) / overall) if overall > 0 else float("nan"),
+    }
+
+
+def draw(path: Path, game: str, points: dict[str, np.ndarray], rooms: np.ndarray, numbers: dict[str, dict]) -> None:
+    """Write the figure as PNG and SVG: a panel per run, the same colours and markers of rooms in all."""
+    figure, panels = plt.subplots(
+        1, len(points), figsize=(5 * len(points) + 1.5, 5), layout="constrained", squeeze=False
+    )
+    for axes, (label, xy) in zip(panels[0], points.items(), strict=True):
+        for i, room in enumerate(np.unique(rooms)):
+            inside = rooms == room
+            style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], rasterized=True)
+            axes.scatter(*xy[inside].T, s=10, alpha=0.7, linewidths=0, label=f"{room} ({inside.sum():,})", **style)
+        values = numbers[label]
+        axes.set_title(
+            f"{label}\nroom purity {values['room_purity']:.3f} (chance {values['room_purity_by_chance']:.3f}), "
+            f"spread in rooms {values['spread_in_rooms']:.3f}",
+            fontsize=10,
+        )
+        axes.set(xticks=[], yticks=[], xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
+    columns = 1 + len(np.unique(rooms)) // 20
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="room (states)", loc="outside right center", markerscale=2, ncols=columns)
+    figure.suptitle(f"{game}: the target's 512 features of the same {len(rooms):,} states")
+    figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)
+    figure.savefig(path.with_name(f"{path.name}.svg"), dpi=150, metadata={"Date": None})
+    plt.close(figure)
+
+
+def markdown(game: str, numbers: dict[str, dict], rooms: np.ndarray) -> str:
+    """The numbers as a table."""
+    lines = [
+        f"{game}, {len(rooms):,} states in {len(np.unique(rooms))} rooms, {NEIGHBOURS} neighbours",
+        "",
+        "| run | room purity | by chance | spread in rooms |",
+        "|---|---|---|---|",
+    ]
+    for label, values in numbers.items():
+        lines.append(f"| {label} | " + " | ".join(f"{value:.3f}" for value in values.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; exit status 2 if a number makes no sense."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of one game, each a panel of the figure")
+    parser.add_argument("--policy", type=Path, help="the run whose policy collects the states (default: the last one)")
+    parser.add_argument("--states", type=int, default=2000, help="states to embed (default: 2000)")
+    parser.add_argument("--every", type=int, default=10, help="agent steps between two kept states (default: 10)")
+    parser.add_argument("--games", type=int, default=8, help="games played side by side (default: 8)")
+    parser.add_argument(
+        "--random-actions", type=float, default=0.0, help="share of actions drawn at random, in [0, 1] (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the games, the actions and t-SNE (default: 1)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("features"), help="results, without ending (default: features)"
+    )
+    options = parser.parse_args(argv)
+    for name, least in dict(states=NEIGHBOURS + 2, every=1, games=1, seed=0, random_actions=0).items():
+        if not getattr(options, name) >= least:
+            fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    if options.random_actions > 1:
+        fail(f"--random-actions {options.random_actions}: must be in [0, 1]")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
+    policy = options.policy or options.runs[-1]
+    loaded = {run: load_run(run) for run in dict.fromkeys([*options.runs, policy])}
+    games = {run: module.game_of(args) for run, (module, args, _) in loaded.items()}
+    game = games[policy]
+    if len(set(games.values())) > 1:
+        fail("the runs play different games: " + ", ".join(f"{name} in {run}" for run, name in games.items()))
+    if game not in loaded[policy][0].ROOM_GAMES:
+        fail(f"the rooms of {game} are unknown; they are known of {', '.join(loaded[policy][0].ROOM_GAMES)}")
+
+    cuda = all(args.cuda for _, args, _ in loaded.values()) and torch.cuda.is_available()
+    device, learners = torch.device("cuda" if cuda else "cpu"), {}
+    for run, (module, args, state) in loaded.items():
+        num_actions = int(make_game(module, args, options.seed).action_space.n)
+        learners[run] = load_learner(module, args, state, num_actions, run / "checkpoint.pt", device)
+    torch.manual_seed(options.seed)
+    module, args, _ = loaded[policy]
+    args = replace(args, num_envs=options.games)
+    states, rooms = collect_states(
+        module, learners[policy], args, options.states, options.every, options.random_actions, options.seed
+    )
+
+    if len(np.unique(rooms)) == 1:
+        fail(f"only room {rooms[0]} of {game} was seen: raise --random-actions, --every or --states")
+
+    points, numbers = {}, {}
+    for run in options.runs:
+        module, args, state = loaded[run]
+        step = state["counters"]["iteration"] * args.num_envs * args.num_steps
+        label = f"{state['script']}, seed {args.seed}, {step:,} steps"
+        label += f" ({run})" * (label in points)
+        features = target_features(module, learners[run], args, states)
+        numbers[label] = room_numbers(features, rooms)
+        perplexity = min(30, (len(states) - 1) / 3)
+        points[label] = TSNE(random_state=options.seed, perplexity=perplexity).fit_transform(features)
+    text = markdown(game, numbers, rooms)
+    record = {"game": game, "states": len(rooms), "neighbours": NEIGHBOURS, "policy": str(policy), "runs": numbers}
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "features"  # the same picture is the same file
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        draw(options.output, game, points, rooms, numbers)
+        options.output.with_name(f"{options.output.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        options.output.with_name(f"{options.output.name}.md").write_text(text)
+    except OSError as error:
+        fail(f"cannot write to {options.output.parent}: {error.strerror}")
+    print(f"\n{text}\n{options.output}.png, .svg, .json, .md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What the tests of whole runs share: start a script as a process or in this one, and read what it leaves behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+BATCH = 4 * 8  # agent steps of one iteration
+TINY = ["--num-envs", "4", "--num-steps", "8", "--num-minibatches", "1", "--update-epochs", "1"]
+TINY += ["--norm-init-steps", "2", "--model", "A", "--no-cuda"]
+ENDLESS = ["--total-timesteps", "1000000000"]
+PATIENCE = 120  # seconds after which a process counts as hung
+
+
+def flags(iterations: int, *more: str) -> list[str]:
+    """The arguments of a tiny new run of this many iterations."""
+    return [*TINY, "--total-timesteps", str(iterations * BATCH), "--run-name", "run", *more]
+
+
+def start(script: str, arguments: list[str], cwd: Path, **changes: object) -> subprocess.Popen:
+    """Start a script as the leader of a process group, as a shell does."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = "1"  # tiny networks do not gain from more
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | changes
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, text=True, **pipes)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Wait for a process; returns its exit status, output and errors. Fails if anything of its group lives on."""
+    deadline = time.monotonic() + PATIENCE
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
+    except ProcessLookupError:
+        return process.returncode, out, err
+    except subprocess.TimeoutExpired:
+        pass
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError("the process hangs or has left others behind")
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    """Return once `condition()` is true; fails if the process ends or hangs before."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"exit status {process.returncode} while waiting\n{out}\n{err}")
+        time.sleep(0.001)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, run_dir: Path, newer_than: int = 0) -> int:
+    """Wait for a checkpoint.pt newer than a time in ns; returns the time of the one found."""
+    path = run_dir / "checkpoint.pt"
+    wait_until(lambda: path.exists() and path.stat().st_mtime_ns > newer_than, process)
+    return path.stat().st_mtime_ns
+
+
+def call_main(script: ModuleType, arguments: list[str]) -> int:
+    """Run a script's `main` in this process and in the working folder; returns the exit status.
+
+    The start weights are normal instead of orthogonal: those take seconds to draw, and any will do here.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)  # tiny networks do not gain from more
+    try:
+        with (
+            mock.patch.object(sys, "argv", [script.__file__, *arguments]),
+            mock.patch.object(torch.nn.init, "orthogonal_", lambda weight, gain: weight.data.normal_(0, 0.01 * gain)),
+        ):
+            script.main()
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def read_checkpoint(run_dir: Path) -> dict:
+    """The checkpoint of a run."""
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value), ...]} as TensorBoard shows them."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_whole_curve(run_dir: Path, iterations: int) -> None:
+    """Every loss was logged once at each iteration, in order."""
+    steps = [BATCH * (iteration + 1) for iteration in range(iterations)]
+    scalars = read_scalars(run_dir)
+    assert {"losses/value_loss", "losses/distillation", "charts/SPS", "charts/explored_rooms"} <= set(scalars)
+    for tag, points in scalars.items():
+        if not tag.startswith("charts/episodic"):  # which are logged where an episode ended
+            assert [step for step, _ in points] == steps, tag
+
+
+def assert_equal(a: object, b: object, where: str = "checkpoint") -> None:
+    """Two nested states are equal bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_equal(left, right, f"{where}/{i}")
+    else:
+        assert a == b, where

@@ -1,0 +1,199 @@
+"""benchmark/curves.py on real runs, and on event files of TensorBoard's own writer with known numbers."""
+
+import functools
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import image
+from scipy.stats import bootstrap
+from torch.utils.tensorboard import SummaryWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmark"))
+curves = importlib.import_module("curves")
+
+BATCH = 4 * 64  # agent steps of an iteration of `trained_run`
+RUNS = tempfile.TemporaryDirectory()
+
+
+def run_script(*arguments: object) -> None:
+    """Run a training script in the folder of all test runs."""
+    command = [sys.executable, *map(str, arguments)]
+    subprocess.run(command, cwd=RUNS.name, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@functools.cache
+def trained_run(script: str, game: str, iterations: int) -> Path:
+    """The folder of a small real run, trained once for all tests; the last iteration of a long one is resumed."""
+    name, last = f"{script}/{game}/seed_1", iterations * BATCH
+    first = last - BATCH if iterations > 2 else last
+    size = ["--num-envs", "4", "--num-steps", "64", "--num-minibatches", "2", "--update-epochs", "1", "--model", "A"]
+    size += ["--norm-init-steps", "2", "--total-timesteps", str(first)]
+    run_script(ROOT / f"{script}.py", "--env-id", f"{game}-v5", "--run-name", name, *size)
+    if first < last:
+        run_script(ROOT / f"{script}.py", "--resume", f"runs/{name}", "--total-timesteps", last)
+    return Path(RUNS.name) / "runs" / name
+
+
+def write_run(
+    folder: Path, seed: int = 1, env_id: str = "ALE/Venture-v5", scores: dict[int, float] | None = None, **args
+) -> Path:
+    """An event file as the scripts write it: scores {step: value}; rooms are 1, the intrinsic reward is 0.5."""
+    rows = "".join(f"\n|{key}|{value}|" for key, value in ({"env_id": env_id, "seed": seed} | args).items())
+    with SummaryWriter(str(folder), purge_step=1) as writer:
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|{rows}")
+        for step, score in (scores or {100: 1.0, 200: 2.0}).items():
+            writer.add_scalar("charts/episodic_return", score, step)
+            writer.add_scalar("charts/explored_rooms", 1, step)
+            writer.add_scalar("charts/intrinsic_reward", 0.5, step)
+    return folder
+
+
+def error_of(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    """The only line that the program leaves behind on exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        curves.main([*map(str, argv)])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_real_runs_become_figures_a_table_and_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = trained_run("ppo_snd_atari", "Breakout", 5)
+    curves.main([str(run.parents[1]), "--output", str(tmp_path), "--window", str(BATCH), "--at", "1e3", "1e6"])
+    for metric in ("score", "intrinsic_reward"):
+        assert image.imread(tmp_path / f"Breakout_{metric}.png").std() > 0.01
+        assert "agent steps" in (tmp_path / f"Breakout_{metric}.svg").read_text()
+    assert not (tmp_path / "Breakout_explored_rooms.png").exists()  # Breakout has no rooms
+    table = pd.read_csv(tmp_path / "curves.csv")
+    assert table["agent_steps"].tolist() == [BATCH * (i + 1) for i in range(5)]
+    assert set(table["method"]) == {"ppo_snd_atari"}
+    assert (table["intrinsic_reward"] > 0).all() and table["score"].dropna().between(0, 100).all()
+    assert "ppo_snd_atari" in capsys.readouterr().out
+
+
+def test_what_a_resumed_run_did_twice_counts_once(tmp_path: Path):
+    write_run(tmp_path / "run", scores={100: 1.0, 200: 2.0, 300: 3.0})
+    with SummaryWriter(str(tmp_path / "run"), purge_step=101, filename_suffix=".resumed") as writer:  # killed after 100
+        for step, score in {200: 20.0, 300: 30.0, 400: 40.0}.items():
+            writer.add_scalar("charts/episodic_return", score, step)
+            writer.add_scalar("charts/intrinsic_reward", 0.5, step)
+    run = curves.read_events(tmp_path / "run", None)
+    assert run.series["score"][0].tolist() == [100, 200, 300, 400]
+    assert run.series["score"][1].tolist() == [1, 20, 30, 40]
+
+
+def test_a_point_is_the_mean_of_its_window():
+    steps, values = np.array([100, 200, 300, 500]), np.array([1.0, 2.0, 6.0, 8.0])
+    means = curves.window_means(steps, values, np.array([100, 200, 300, 400, 500]), 200)
+    assert means.tolist() == [1.0, 1.5, 4.0, 6.0, 8.0]
+    assert np.isnan(curves.window_means(steps, values, np.array([400]), 100)).all()  # (300, 400] holds nothing
+
+
+def test_a_table_never_shows_a_maximum_nor_a_step_that_was_not_reached(tmp_path: Path):
+    steps = range(100, 1001, 100)
+    write_run(tmp_path / "a/seed_1", seed=1, scores={step: 900.0 if step == 300 else 10.0 for step in steps})
+    write_run(tmp_path / "a/seed_2", seed=2, scores={step: 20.0 for step in steps if step <= 500})
+    arguments = ["--window", "200", "--at", "400", "1000", "1200", "--output", str(tmp_path / "out")]
+    curves.main([str(tmp_path), *arguments])
+    table = pd.read_csv(tmp_path / "out/table.csv").query("metric == 'score'")
+    assert table["seeds"].tolist() == [2, 1, 0]
+    assert table["value"].tolist()[:2] == [(455 + 20) / 2, 10] and np.isnan(table["value"].iloc[2])
+    assert "| a | 237 [20, 455] (2) | 10 (1) |  |" in (tmp_path / "out/table.md").read_text().replace("238", "237")
+
+
+def test_intervals_agree_with_another_bootstrap():
+    seeds = np.random.default_rng(0).normal(100, 10, (10, 1))
+    value, low, high, count = curves.aggregate(seeds, "mean")
+    expected = bootstrap((seeds[:, 0],), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    assert count == 10 and value == pytest.approx(seeds.mean())
+    assert [low[0], high[0]] == pytest.approx(list(expected), abs=0.8)
+    assert curves.aggregate(seeds, "iqm")[0][0] == pytest.approx(np.sort(seeds[:, 0])[2:8].mean())
+
+
+def test_exported_curves_are_read_again(tmp_path: Path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path / f"a/seed_{seed}", seed=seed, scores={step: seed * step for step in range(100, 1001, 50)})
+    curves.main([str(tmp_path / "a"), "--window", "200", "--at", "600", "--output", str(tmp_path / "1")])
+    again = ["--runs", f"a={tmp_path}/1/curves.csv", "--window", "200", "--at", "600", "--output", str(tmp_path / "2")]
+    curves.main(again)
+    assert (tmp_path / "1/table.csv").read_text() == (tmp_path / "2/table.csv").read_text()
+    assert (tmp_path / "1/curves.csv").read_text() == (tmp_path / "2/curves.csv").read_text()
+
+
+def test_a_reference_lies_under_the_figure(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_run(tmp_path / "a/seed_1", env_id="VentureNoFrameskip-v4", scores={100: 1.0, 200: 2.0, 300: 3.0})
+    rows = [f"venture,method_{i},0,{step},5.0," for i in range(7) for step in (100, 200, 300)]
+    reference = tmp_path / "others.csv"
+    reference.write_text("\n".join(["game,method,seed,agent_steps,score,explored_rooms", *rows]))
+    arguments = [str(tmp_path / "a"), "--output", str(tmp_path / "out"), "--reference", str(reference)]
+    assert "7 methods of Venture" in error_of(capsys, *arguments)
+    assert "no method nobody" in error_of(capsys, *arguments, "--reference-methods", "nobody")
+    assert not (tmp_path / "out").exists()
+    curves.plt.rcParams["svg.fonttype"] = "none"  # text as text
+    curves.main([*arguments, "--reference-methods", "method_0"])
+    assert "reference: method_0 (1 seed)" in (tmp_path / "out/Venture_score.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("folder", "method"),
+    [
+        ("runs/ppo_snd_c4/Venture/seed_3", "ppo_snd_c4"),
+        ("runs/Venture/ppo_snd_c4/3", "ppo_snd_c4"),
+        ("runs/ppo_snd_c4_seed_3", "ppo_snd_c4"),
+        ("runs/Venture__ppo_snd_atari__3__1700000000", "ppo_snd_atari"),
+    ],
+)
+def test_a_folder_tells_the_method(folder: str, method: str):
+    assert curves.method_of(Path(folder), "Venture") == method
+
+
+def test_a_half_written_file_keeps_its_whole_records(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = write_run(tmp_path / "run", scores={100: 1.0, 200: 2.0, 300: 3.0})
+    file = next(folder.iterdir())
+    os.truncate(file, file.stat().st_size - 5)
+    assert curves.read_events(folder, None).series["score"][0].tolist() == [100, 200, 300]
+    assert capsys.readouterr().err.count("half-written; its whole records are used") == 1
+    os.truncate(file, 60)
+    assert "is half-written" in error_of(capsys, folder)
+
+
+def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "empty").mkdir()
+    assert "no runs found" in error_of(capsys, tmp_path / "empty")
+    assert "no runs found" in error_of(capsys, "--runs", f"SND={tmp_path}/nothing/*")
+    assert "METHOD=PATH" in error_of(capsys, "--runs", tmp_path)
+    assert "no runs given" in error_of(capsys)
+    assert "inf is no number of agent steps" in error_of(capsys, tmp_path, "--window", "inf")
+
+    with SummaryWriter(str(tmp_path / "foreign")) as writer:
+        writer.add_scalar("loss", 1.0, 1)
+    assert "hyperparameters/text_summary" in error_of(capsys, tmp_path / "foreign")
+
+    with SummaryWriter(str(tmp_path / "young")) as writer:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n|env_id|ALE/Pitfall-v5|\n|seed|1|")
+    assert "no charts/intrinsic_reward" in error_of(capsys, tmp_path / "young")
+
+    write_run(tmp_path / "mixed")
+    with SummaryWriter(str(tmp_path / "mixed"), filename_suffix=".other") as writer:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n|env_id|ALE/Pitfall-v5|\n|seed|1|")
+    assert "several games" in error_of(capsys, tmp_path / "mixed")
+
+    write_run(tmp_path / "twice/x/seed_1")
+    write_run(tmp_path / "twice/x/1")
+    assert "twice" in error_of(capsys, tmp_path / "twice")
+
+    write_run(tmp_path / "differ/x/seed_1", seed=1, model="A")
+    write_run(tmp_path / "differ/x/seed_2", seed=2, model="C")
+    assert "differ in model" in error_of(capsys, tmp_path / "differ")
+
+    (tmp_path / "bad.csv").write_text("game,method\nVenture,x\n")
+    assert "no column seed, agent_steps" in error_of(capsys, tmp_path / "bad.csv")

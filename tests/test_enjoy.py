@@ -1,0 +1,143 @@
+"""benchmark/enjoy.py on real checkpoints and the real emulator."""
+
+import importlib
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from test_curves import ROOT, trained_run
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+enjoy = importlib.import_module("enjoy")
+
+
+@pytest.fixture(scope="session")
+def breakout() -> Path:
+    """A run without rooms whose games end soon."""
+    return trained_run("ppo_snd_atari", "Breakout", 5)
+
+
+@pytest.fixture(scope="session")
+def private_eye() -> Path:
+    """A run in a game of many rooms."""
+    return trained_run("ppo_rnd_atari", "PrivateEye", 2)
+
+
+def error_of(capsys: pytest.CaptureFixture, *argv: object) -> str:
+    """The only line that the program leaves behind on exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        enjoy.main([*map(str, argv)])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_whole_games_are_played_and_the_same_again(breakout: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    arguments = [str(breakout), "--episodes", "1", "--output", str(tmp_path / "film"), "--seed", "3"]
+    enjoy.main(arguments)
+    first = capsys.readouterr().out
+    enjoy.main(arguments)
+    assert capsys.readouterr().out == first
+    assert "over 1 episode;" in first and "rooms" not in first
+    length = float(re.search(r"length ([\d,.]+)", first)[1].replace(",", ""))
+    assert length > 50  # five lives of Breakout
+    film = [*imageio.get_reader(tmp_path / "film.mp4").iter_data()]
+    assert film[0].shape == (240, 160, 3)
+    assert 50 < len(film) <= length + 1
+    gif = Image.open(tmp_path / "film.gif")
+    assert gif.size == (160, 240)
+    milliseconds = sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif))  # like frames are merged
+    assert milliseconds == pytest.approx(1000 * min(len(film), 450) / 15, rel=0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.gif", "film.mp4"]
+
+
+def test_the_film_shows_the_game_in_colour_with_its_numbers(breakout: Path):
+    module, args, state = enjoy.load_run(breakout)
+    game = module.AtariGame("breakout", 1, 0.25, False)
+    learner = enjoy.load_learner(module, args, state, 4, breakout / "checkpoint.pt", torch.device("cpu"))
+    film = []
+    episode = enjoy.play(module, game, learner, args, "Breakout", False, 30, film)
+    assert (episode.length, len(film), len(episode.int_rewards)) == (30, 31, 30)
+    assert np.array_equal(film[-1][:210], game.ale.getScreenRGB())
+    assert np.ptp(film[-1][:210].astype(int), axis=-1).max() > 50  # colours, not grey
+    assert film[-1][210:].max() > 200 and not film[-1][238:].any()  # text, inside its strip
+    assert not np.array_equal(film[1][210:], film[-1][210:])
+
+
+def test_the_intrinsic_reward_is_the_scripts_own(private_eye: Path):
+    module, args, state = enjoy.load_run(private_eye)
+    game = module.AtariGame("private_eye", 1, 0.25, False)
+    learner = enjoy.load_learner(module, args, state, 18, private_eye / "checkpoint.pt", torch.device("cpu"))
+    obs = torch.from_numpy(game.reset()[0])[None]
+    frame = obs[:, -1:].float() / 256 - learner.obs_stats.mean.float()
+    with torch.no_grad():
+        expected = ((learner.target(frame) - learner.predictor(frame)) ** 2).sum().item() / 2
+    assert enjoy.intrinsic_reward(module, learner, args, obs) == pytest.approx(min(expected, 1.0), rel=1e-5)
+
+
+def test_greedy_takes_the_likeliest_action_and_sampling_does_not_always(private_eye: Path):
+    module, args, state = enjoy.load_run(private_eye)
+    learner = enjoy.load_learner(module, args, state, 18, private_eye / "checkpoint.pt", torch.device("cpu"))
+    obs = torch.from_numpy(np.random.default_rng(0).integers(256, size=(1, 4, 96, 96), dtype=np.uint8)).expand(
+        200, -1, -1, -1
+    )
+    greedy = enjoy.choose_actions(module, learner, args, obs, greedy=True)
+    with torch.no_grad():
+        assert (greedy == learner.agent(obs)[0][0].argmax().item()).all()
+    assert len(np.unique(enjoy.choose_actions(module, learner, args, obs, greedy=False))) > 5
+
+
+def test_rooms_are_counted(private_eye: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    arguments = ["--episodes", "1", "--max-steps", "250", "--film-episodes", "0", "--output", str(tmp_path / "film")]
+    enjoy.main([str(private_eye), *arguments])
+    text = capsys.readouterr().out
+    rooms = re.search(r"rooms [\d.]+ an episode, (\d+) in all: (.*)", text)
+    assert int(rooms[1]) == len(rooms[2].split(", ")) and "0" in rooms[2].split(", ")  # it begins in room 0
+    assert not list(tmp_path.iterdir())  # no film was asked for
+
+
+def test_lost_lives_do_not_end_a_game_under_episodic_life(breakout: Path):
+    module, args, state = enjoy.load_run(breakout)
+    learner = enjoy.load_learner(module, args, state, 4, breakout / "checkpoint.pt", torch.device("cpu"))
+    game = module.AtariGame("breakout", 1, 0.25, True)
+    enjoy.play(module, game, learner, args, "Breakout", False, None, None)
+    assert game.ale.game_over() and game.ale.lives() == 0
+
+
+def test_a_copied_script_plays_with_script(breakout: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    for name in ("models.py", "ppo_snd_atari.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    copy = tmp_path / "my_snd.py"
+    (tmp_path / "ppo_snd_atari.py").rename(copy)
+    state = torch.load(breakout / "checkpoint.pt", weights_only=True) | {"script": "my_snd"}
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run/checkpoint.pt")
+    arguments = [tmp_path / "run", "--episodes", "1", "--max-steps", "5", "--film-episodes", "0"]
+    assert "'my_snd'" in error_of(capsys, *arguments)
+    enjoy.main([*map(str, arguments), "--script", str(copy)])
+    assert "Breakout, my_snd, step 1,280" in capsys.readouterr().out
+    assert "written by" in error_of(capsys, breakout, "--script", copy)
+
+
+def test_bad_input_ends_with_one_line(breakout: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert "no checkpoint.pt" in error_of(capsys, tmp_path)
+    assert "--episodes 0" in error_of(capsys, breakout, "--episodes", 0)
+    assert "no such file" in error_of(capsys, breakout, "--script", tmp_path / "none.py")
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert "not a readable checkpoint" in error_of(capsys, tmp_path)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "checkpoint.pt")
+    assert "not a readable checkpoint" in error_of(capsys, tmp_path)
+    (tmp_path / "script.py").write_text("x = 1\n")
+    assert "not a training script" in error_of(capsys, breakout, "--script", tmp_path / "script.py")
+    (tmp_path / "file").write_text("")
+    arguments = ["--episodes", 1, "--max-steps", 2, "--output", tmp_path / "file/film"]
+    with pytest.raises(SystemExit):
+        enjoy.main([*map(str, [breakout, *arguments])])
+    assert "cannot write to" in capsys.readouterr().err.splitlines()[-1]

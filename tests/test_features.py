@@ -1,0 +1,83 @@
+"""benchmark/features.py on real checkpoints, its numbers against hand-made features."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+from sklearn.neighbors import KNeighborsClassifier
+from test_curves import ROOT, trained_run
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+features = importlib.import_module("features")
+
+
+@pytest.fixture(scope="session")
+def runs() -> dict[str, Path]:
+    """An RND and an SND run in a game of many rooms."""
+    return {name: trained_run(f"ppo_{name}_atari", "PrivateEye", 2) for name in ("rnd", "snd")}
+
+
+def test_two_runs_see_the_same_states(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
+    arguments = ["--states", "150", "--every", "12", "--games", "4", "--random-actions", "0.2"]
+    features.main([str(runs["rnd"]), str(runs["snd"]), *arguments, "--output", str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert (record["game"], record["states"]) == ("PrivateEye", 150)
+    assert [label.split(",")[0] for label in record["runs"]] == ["ppo_rnd_atari", "ppo_snd_atari"]
+    rnd, snd = record["runs"].values()
+    assert rnd["room_purity_by_chance"] == snd["room_purity_by_chance"] < rnd["room_purity"] <= 1
+    assert 0 < rnd["spread_in_rooms"] < 1 and rnd["spread_in_rooms"] != snd["spread_in_rooms"]
+    assert image.imread(tmp_path / "out.png").std() > 0.01
+    assert (tmp_path / "out.svg").stat().st_size > 1000
+    assert "| ppo_snd_atari, seed 1, 512 steps |" in (tmp_path / "out.md").read_text()
+    assert "spread in rooms" in capsys.readouterr().out
+
+
+def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
+    module, args, state = features.load_run(runs["snd"])
+    learner = features.load_learner(module, args, state, 18, runs["snd"] / "checkpoint.pt", torch.device("cpu"))
+    states, rooms = features.collect_states(module, learner, features.replace(args, num_envs=1), 60, 1, 1.0, seed=1)
+    envs, rng = module.AtariEnvs(features.replace(args, num_envs=1), 1), np.random.default_rng(1)
+    for seen, room in zip(states, rooms, strict=True):  # the same seed, the same random actions: the same game
+        assert np.array_equal(seen, envs.next_obs[0]) and room == envs.ram[0, 92]
+        rng.random(1)
+        envs.step(rng.integers(envs.num_actions, size=1).astype(np.int32))
+    envs.close()
+
+
+def test_numbers_of_known_features():
+    rng = np.random.default_rng(0)
+    rooms = np.repeat([0, 1, 2], [40, 30, 20])
+    islands = rng.normal(size=(90, 512)) * 0.01 + np.eye(512)[rooms]
+    tight = features.room_numbers(islands, rooms)
+    assert tight["room_purity"] == 1 and tight["spread_in_rooms"] < 0.4
+    assert tight["room_purity_by_chance"] == pytest.approx((40 * 39 + 30 * 29 + 20 * 19) / (90 * 89))
+    assert features.room_numbers(1000 * islands, rooms)["spread_in_rooms"] == pytest.approx(tight["spread_in_rooms"])
+
+    cloud = rng.normal(size=(90, 512))
+    loose = features.room_numbers(cloud, rooms)
+    assert loose["spread_in_rooms"] == pytest.approx(1, abs=0.01)
+    knn = KNeighborsClassifier(features.NEIGHBOURS).fit(cloud, rooms)
+    assert loose["room_purity"] == pytest.approx((rooms[knn.kneighbors()[1]] == rooms[:, None]).mean())
+
+
+def test_bad_input_ends_with_one_line(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
+    def error_of(*argv: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            features.main([*map(str, argv)])
+        assert stop.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    breakout = trained_run("ppo_snd_atari", "Breakout", 5)
+    assert "no checkpoint.pt" in error_of(runs["rnd"], tmp_path)
+    assert "different games" in error_of(runs["rnd"], breakout)
+    assert "rooms of Breakout are unknown" in error_of(breakout)
+    assert "--states 5" in error_of(breakout, "--states", 5)
+    assert "--random-actions 2.0" in error_of(breakout, "--random-actions", 2)
+    few = ["--states", 12, "--every", 1, "--games", 1, "--output", tmp_path / "out"]
+    assert "only room 0" in error_of(runs["snd"], *few)
+    assert not list(tmp_path.iterdir())

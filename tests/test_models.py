@@ -1,0 +1,181 @@
+"""The architectures against the layer table: shapes, parameter counts, initial weights, forward passes."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import make_args, make_learner
+from torch import Tensor
+
+from models import ActorCritic, EntropyEncoder, Predictor, SelfAttention, Target
+
+ACTIONS = 18
+# Weights and biases of every layer, worked out from the table by hand: trunk and features, actor, critic's
+# hidden layer, and one value head.
+PARAMETERS = {
+    "A": (8_224 + 18_496 + 36_928 + 4_129_216 + 201_152, 201_152 + 8_082, 201_152, 449),
+    "B": (16_448 + 36_928 + 73_856 + 14_746_400, 640_800 + 14_418, 640_800, 801),
+    "C": (1_184 + 18_496 + 36_928 + 73_856 + 9_437_696, 262_656 + 9_234, 262_656, 513),
+    "D": (32_896 + 2 * (3 * 16_512 + 16_512) + 9_437_696, 262_656 + 9_234, 262_656, 513),
+}
+NOVELTY = {
+    Target: (2_080 + 18_496 + 36_928 + 4_719_104, 1, 512),
+    Predictor: (2_080 + 18_496 + 36_928 + 4_719_104 + 262_656 + 262_656, 1, 512),
+    EntropyEncoder: (8_224 + 18_496 + 36_928 + 2_359_552, 4, 256),
+}
+
+
+def count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def layers(module: nn.Module) -> list[nn.Conv2d | nn.Linear]:
+    """The layers with weights, in order."""
+    return [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+
+def check_orthogonal(layer: nn.Conv2d | nn.Linear, gain: float) -> None:
+    """The rows, or where there are fewer the columns, are orthogonal and `gain` long; the bias is zero."""
+    weight = layer.weight.detach().flatten(1).double()
+    gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+    torch.testing.assert_close(gram / gain**2, torch.eye(len(gram), dtype=torch.float64), atol=1e-4, rtol=0)
+    assert (layer.bias == 0).all()
+
+
+@pytest.fixture(scope="module")
+def agents() -> dict[str, ActorCritic]:
+    """Every model once, with the default gain and three value heads."""
+    torch.manual_seed(1)
+    return {model: ActorCritic(model, ACTIONS, num_values=3) for model in PARAMETERS}
+
+
+@pytest.mark.parametrize("model", "ABCD")
+def test_policy_shapes(agents: dict[str, ActorCritic], model: str) -> None:
+    """Logits for every action and one value a head, in float32, also under bfloat16 autocast."""
+    obs = torch.randint(256, (3, 4, 96, 96), dtype=torch.uint8)
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits, values = agents[model](obs)
+        assert logits.shape == (3, ACTIONS) and values.shape == (3, 3)
+        assert logits.dtype == values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("model", "ABCD")
+def test_policy_parameter_counts(agents: dict[str, ActorCritic], model: str) -> None:
+    """The counts that follow from the layer table, for 2 and 3 value heads."""
+    trunk, actor, hidden, head = PARAMETERS[model]
+    agent = agents[model]
+    assert (count(agent.trunk), count(agent.actor), count(agent.critic_hidden)) == (trunk, actor, hidden)
+    assert count(agent) == trunk + actor + hidden + 3 * head
+
+
+def test_value_heads(script: object) -> None:
+    """RND and SND have two value heads, SND + entropy has three."""
+    heads = 3 if script.__name__ == "ppo_snd_entropy_atari" else 2
+    agent = make_learner(script, make_args(script)).agent
+    trunk, _, hidden, head = PARAMETERS["A"]
+    assert count(agent) == trunk + 201_152 + 4 * 449 + hidden + heads * head
+    assert agent(torch.zeros(2, 4, 96, 96, dtype=torch.uint8))[1].shape == (2, heads)
+
+
+@pytest.mark.parametrize("model", "ABCD")
+def test_policy_init(agents: dict[str, ActorCritic], model: str) -> None:
+    """Gain √2 in trunk and features, 0.01 in the actor and each value head, 0.1 in the critic's hidden layer."""
+    agent = agents[model]
+    for layer in layers(agent.trunk):
+        check_orthogonal(layer, 2**0.5)
+    for layer in layers(agent.actor):
+        check_orthogonal(layer, 0.01)
+    check_orthogonal(agent.critic_hidden, 0.1)
+    torch.testing.assert_close(agent.values.weight.norm(dim=1), torch.full((3,), 0.01))
+    assert (agent.values.bias == 0).all()
+
+
+def test_critic_hidden_gain(script: object) -> None:
+    """The flag reaches the critic's hidden layer and nothing else."""
+    learner = script.Learner(make_args(script, critic_hidden_gain=2**0.5), 4, torch.device("cpu"))
+    check_orthogonal(learner.agent.critic_hidden, 2**0.5)
+    check_orthogonal(learner.agent.actor[0], 0.01)
+
+
+def attention_reference(block: SelfAttention, x: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(128)) v over the cells, a 1×1 convolution, ReLU, and the block's input added."""
+    batch, channels, height, width = x.shape
+    mixed = torch.empty(batch, height * width, channels)
+    for i in range(batch):
+        tokens = torch.stack([x[i, :, row, column] for row in range(height) for column in range(width)])
+        query, key, value = (layer(tokens) for layer in (block.query, block.key, block.value))
+        mixed[i] = torch.softmax(query @ key.T / 128**0.5, dim=1) @ value
+    mixed = mixed @ block.conv.weight[:, :, 0, 0].T + block.conv.bias
+    return x + mixed.relu().transpose(1, 2).reshape(x.shape)
+
+
+def trunk_reference(agent: ActorCritic, model: str, obs: Tensor) -> Tensor:
+    """The features of obs by the layer table, written out with plain functions."""
+    convs = {
+        "A": [(4, 2), (2, 1), (1, 1)],
+        "B": [(4, 2), (2, 1), (1, 1)],
+        "C": [(2, 1), (2, 1), (2, 1), (1, 1)],
+        "D": [(8, 0)],
+    }[model]  # stride, padding
+    x = obs.float() / 256
+    plain = [layer for layer in agent.trunk if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    for layer, (stride, padding) in zip(plain, convs, strict=False):
+        x = F.relu(F.conv2d(x, layer.weight, layer.bias, stride, padding))
+    for block in (block for block in agent.trunk if isinstance(block, SelfAttention)):
+        x = attention_reference(block, x)
+    x = x.reshape(len(x), -1)
+    for layer in plain[len(convs) :]:
+        x = F.relu(x @ layer.weight.T + layer.bias)
+    return x
+
+
+@pytest.mark.parametrize("model", "ABCD")
+@torch.no_grad()
+def test_forward_pass(agents: dict[str, ActorCritic], model: str) -> None:
+    """The whole forward pass against plain functions; only A's critic is residual."""
+    agent, obs = agents[model], torch.randint(256, (2, 4, 96, 96), dtype=torch.uint8)
+    features = trunk_reference(agent, model, obs)
+    hidden = agent.critic_hidden(features)
+    hidden = hidden.clamp(min=0) + (hidden if model == "A" else 0)
+    logits, values = agent(obs)
+    torch.testing.assert_close(values, hidden @ agent.values.weight.T, atol=1e-6, rtol=1e-3)
+    expected = agent.actor[0](features).relu() @ agent.actor[2].weight.T
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-3)
+    assert (values.abs() > 1e-5).all() and (logits.abs() > 1e-8).all()  # the comparison has something to compare
+
+
+def test_unknown_model() -> None:
+    """Another letter is refused."""
+    with pytest.raises(ValueError, match="A, B, C or D"):
+        ActorCritic("E", 4, 2)
+
+
+@pytest.mark.parametrize("network", NOVELTY)
+def test_novelty_networks(network: type[nn.Module]) -> None:
+    """Shapes, counts, gain √2, zero biases, and ELU between the layers but not after the last."""
+    parameters, frames, features = NOVELTY[network]
+    net = network()
+    assert count(net) == parameters
+    for layer in layers(net):
+        check_orthogonal(layer, 2**0.5)
+    x = torch.randn(3, frames, 96, 96)
+    result = expected = x
+    for layer, (stride, padding) in zip(layers(net)[:3], [(4, 2), (2, 1), (1, 1)], strict=True):
+        expected = F.elu(F.conv2d(expected, layer.weight, layer.bias, stride, padding))
+    expected = expected.reshape(3, -1)
+    for i, layer in enumerate(layers(net)[3:]):
+        expected = (F.elu(expected) if i else expected) @ layer.weight.T
+    result = net(x)
+    assert result.shape == (3, features) and result.dtype == torch.float32
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_only_rnd_freezes_its_target(script: object) -> None:
+    """RND's target never learns, SND's does; every other network does in all scripts."""
+    learner = make_learner(script, make_args(script))
+    frozen = script.__name__ == "ppo_rnd_atari"
+    assert all(parameter.requires_grad != frozen for parameter in learner.target.parameters())
+    networks = [learner.agent, learner.predictor] + ([learner.encoder] if hasattr(learner, "encoder") else [])
+    assert all(parameter.requires_grad for network in networks for parameter in network.parameters())

@@ -1,0 +1,63 @@
+"""The throughput benchmark: it runs the scripts themselves, its parts add up, and it leaves everything as it was."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+
+import throughput  # noqa: E402
+
+import ppo_rnd_atari  # noqa: E402
+
+TINY = ["--model", "A", "--num-envs", "2", "--num-steps", "4", "--num-minibatches", "1", "--update-epochs", "1"]
+
+
+def run(*flags: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmark" / "throughput.py"), *flags]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("script", ["ppo_rnd_atari", "ppo_snd_entropy_atari"])
+def test_measures_a_real_run(script: str, tmp_path: Path) -> None:
+    done = run("--script", script, *TINY, "--device", "cpu", "--iterations", "3", "--out", "speed.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]  # the run itself was elsewhere
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    assert len(figures["iterations"]) == 2  # without the first
+    for parts in figures["iterations"]:
+        total = parts.pop("total")
+        assert sum(parts.values()) == pytest.approx(total)
+        assert all(seconds > 0 for seconds in parts.values()), parts
+    rates = figures["steps_per_second"]
+    assert rates["training"] < min(rates["rollout alone"], rates["update alone"])
+    assert figures["training_to_raw_environment"] == pytest.approx(rates["training"] / rates["raw environment"])
+    assert figures["peak_host_bytes"] > 2**28  # torch alone takes more
+    assert all(name in done.stdout for name in rates)
+
+
+def test_iteration_parts_against_hand_made_calls() -> None:
+    calls = [("AtariEnvs.step", 0, 5), ("AtariEnvs.step", 11, 12), ("AtariEnvs.step", 13, 14)]
+    calls += [("collect_rollout", 10, 15), ("update_obs_stats", 15, 16), ("intrinsic_rewards", 16, 18)]
+    calls += [("estimate_advantages", 18, 18.5), ("update", 18.5, 28.5), ("Log.write", 29, 30)]
+    expected = {"environment": 2, "inference": 3, "novelty rewards": 3, "advantages (GAE)": 0.5, "update": 10}
+    assert throughput.iteration_parts(calls) == [expected | {"logging": 1, "rest": 0.5, "total": 20}]
+
+
+def test_clocks_are_taken_off_again() -> None:
+    before = ppo_rnd_atari.update, ppo_rnd_atari.AtariEnvs.step
+    with throughput.timed(ppo_rnd_atari, [], on_gpu=False):
+        assert ppo_rnd_atari.update is not before[0] and ppo_rnd_atari.AtariEnvs.step is not before[1]
+    assert (ppo_rnd_atari.update, ppo_rnd_atari.AtariEnvs.step) == before
+
+
+@pytest.mark.parametrize("flags", [["--iterations", "1"], ["--out", "no/such/folder.json"], ["--env-id", "Nope-v5"]])
+def test_user_errors_are_one_line_and_status_2(flags: list[str], tmp_path: Path) -> None:
+    done = run(*TINY, *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and flags[1] in done.stderr
+    assert not list(tmp_path.iterdir())
