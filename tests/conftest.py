@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,19 @@ sys.path.insert(0, str(ROOT))
 RND, SND, ENTROPY = SCRIPTS = ["ppo_rnd_atari", "ppo_snd_atari", "ppo_snd_entropy_atari"]
 BACKENDS = ["envpool", "gymnasium"]
 GAMES = ["MontezumaRevenge", "Gravitar", "Venture", "Pitfall", "PrivateEye", "Solaris", "Breakout", "MsPacman"]
+
+STARTED: list[subprocess.Popen] = []  # processes of the running test, each the leader of a group
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    """End what a failed test left running."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(params=SCRIPTS)

@@ -11,7 +11,7 @@ from types import ModuleType
 from unittest import mock
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, STARTED
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 BATCH = 4 * 8  # agent steps of one iteration
@@ -32,7 +32,8 @@ def start(script: str, arguments: list[str], cwd: Path, **changes: object) -> su
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["OMP_NUM_THREADS"] = "1"  # tiny networks do not gain from more
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | changes
-    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, text=True, **pipes)
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, text=True, **pipes))
+    return STARTED[-1]
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

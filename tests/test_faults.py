@@ -107,7 +107,7 @@ def test_disk_that_fills_up_and_empties(folder: Path) -> None:
     run_dir = Path("runs/run")
     process = start(SND, [*flags(1, "--checkpoint-interval", "1"), *ENDLESS], folder)
     wait_for_checkpoint(process, run_dir, wait_for_checkpoint(process, run_dir))
-    limit_files(1000, process.pid)
+    limit_files(50, process.pid)  # not even the head of an event file
     warnings: list[str] = []
 
     def warned(what: str) -> bool:
