@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks do not gain from more, and tests run side by side
+
 import numpy as np
 import pytest
 import torch
