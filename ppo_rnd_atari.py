@@ -718,8 +718,8 @@ CHECKPOINT_VERSION = 1
 
 
 def warn(message: str) -> None:
-    """One line on standard error; training goes on."""
-    say(f"\r{SCRIPT}: warning: {message}", sys.stderr)
+    """One line on standard error, below the live line of a terminal; training goes on."""
+    say(("\n" if sys.stdout.isatty() else "") + f"{SCRIPT}: warning: {message}", sys.stderr)
 
 
 def open_run(run_dir: Path, new: bool) -> TextIO:
@@ -1025,6 +1025,12 @@ def main() -> None:
             rollout = collect_rollout(envs, learner, obs, args)
         except (EOFError, ConnectionError):  # what is learned is as the last iteration left it
             try_checkpoint(run_dir, args, learner, counters)
+            if stop:  # a signal to the whole process group ended the emulators too
+                say(
+                    f"\nstopped at step {counters['iteration'] * batch_size:,}; go on with: {resume_command}",
+                    sys.stdout,
+                )
+                sys.exit(128 + stop[0])
             fail(f"an environment process died; go on with: {resume_command}", status=1)
         update_obs_stats(learner.obs_stats, obs[:-1].flatten(0, 1), rollout.valid_inds)
         int_rewards, target_features = intrinsic_rewards(learner, rollout, args)

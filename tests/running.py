@@ -18,7 +18,7 @@ BATCH = 4 * 8  # agent steps of one iteration
 TINY = ["--num-envs", "4", "--num-steps", "8", "--num-minibatches", "1", "--update-epochs", "1"]
 TINY += ["--norm-init-steps", "2", "--model", "A", "--no-cuda"]
 ENDLESS = ["--total-timesteps", "1000000000"]
-PATIENCE = 120  # seconds after which a process counts as hung
+PATIENCE = 300  # seconds after which a process counts as hung
 
 
 def flags(iterations: int, *more: str) -> list[str]:
