@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, SND
+from conftest import ROOT, SCRIPTS, SND, STARTED
 from running import PATIENCE, TINY, assert_whole_curve, read_checkpoint
 
 BATCH = 4 * 8
@@ -54,9 +55,11 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None
 
 
 def start(cwd: Path, *arguments: str) -> subprocess.Popen:
-    """Start the runner in a process group of its own."""
+    """Start the runner in a process group of its own, open to SIGHUP also where the tests run under nohup."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(words(*arguments), cwd=cwd, start_new_session=True, **pipes)
+    hang_up = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    STARTED.append(subprocess.Popen(words(*arguments), cwd=cwd, start_new_session=True, preexec_fn=hang_up, **pipes))
+    return STARTED[-1]
 
 
 # ---- What is run ----------------------------------------------------------------------------------------------------
