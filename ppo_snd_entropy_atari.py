@@ -145,7 +145,9 @@ class Args:
     """advantage coefficient of the entropy reward; 0 trains without it"""
     entropy_gamma: float = 0.99
     """discount of the entropy reward; in [0, 1]"""
-    entropy_scale: float = 1.0
+    # Measured on Montezuma's Revenge (model A, 32 envs, 80 k steps): with scale 1 this reward is 0.55 to 0.59 where the
+    # novelty is 0.014 (25 k steps) to 0.0045 (80 k) and would drown it; 0.02 gives both the same order of magnitude.
+    entropy_scale: float = 0.02
     """the entropy reward is this times the mean deviation of the 256 features over the buffer, clipped to [0, 1]"""
     entropy_buffer_size: int = 128
     """past states of each environment over which the deviation is taken, at least 2"""
