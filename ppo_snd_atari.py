@@ -209,7 +209,7 @@ def game_of(args: Args) -> str:
     name = match and (match[1] or match[2])
     if name in games:
         return name
-    near = difflib.get_close_matches(name or re.sub(r"^ALE/|-v\d$", "", args.env_id), games, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name or re.sub(r"^ALE/|-v\d$", "", args.env_id), games, n=3)
     near = [f"{game}NoFrameskip-v4" for game in near or ["MontezumaRevenge"]]
     fail(f"--env-id {args.env_id}: no Atari game of that name; did you mean {' or '.join(near)}?")
 
