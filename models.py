@@ -20,10 +20,34 @@ def init(layer: nn.Conv2d | nn.Linear, gain: float = SQRT2) -> nn.Conv2d | nn.Li
     return layer
 
 
+class FirstConv(nn.Conv2d):
+    """A network's first, strided convolution, computed on a GPU over cells of stride × stride pixels.
+
+    Frames have one to four channels, and matrix units want many. Cut into cells they have stride² times as many, the
+    kernel, filled up with zeros, spans few cells, and the sums stay the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, inputs, height, width) -> (batch, outputs, height / stride, width / stride)."""
+        return self.over_cells(x) if x.is_cuda else super().forward(x)
+
+    def over_cells(self, x: Tensor) -> Tensor:
+        stride, padding = self.stride[0], self.padding[0]
+        x, missing = F.pad(x, [padding] * 4), -self.kernel_size[0] % stride
+        weight = F.pad(self.weight, (0, missing, 0, missing))
+        return F.conv2d(cells(x, stride), cells(weight, stride), self.bias)
+
+
+def cells(x: Tensor, size: int) -> Tensor:
+    """(batch, channels, height, width) -> (batch, channels * size², height / size, width / size), channels last."""
+    x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)
+
+
 def conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
     """A convolution with the padding that the trunks share: 2 for 8×8 / 4, 1 for 3×3, none for D's 8×8 / 8 patches."""
     padding = {(8, 4): 2, (8, 8): 0, (3, 1): 1, (3, 2): 1}[kernel, stride]
-    return init(nn.Conv2d(inputs, outputs, kernel, stride, padding))
+    return init((FirstConv if inputs <= 4 else nn.Conv2d)(inputs, outputs, kernel, stride, padding))
 
 
 class SelfAttention(nn.Module):
@@ -101,7 +125,14 @@ def novelty_convs(frames: int) -> list[nn.Module]:
     return [conv(frames, 32, 8, 4), elu, conv(32, 64, 3, 2), elu, conv(64, 64, 3, 1), elu, nn.Flatten()]
 
 
-class Target(nn.Sequential):
+class NoveltyNet(nn.Sequential):
+    """A chain of layers, with a forward of its own because torch.compile passes over those that belong to torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Target(NoveltyNet):
     """The network to imitate: frozen in RND, trained by the contrastive loss in SND.
 
     Input (batch, 1, 96, 96) float32, the newest frame, normalised; output (batch, 512).
@@ -111,7 +142,7 @@ class Target(nn.Sequential):
         super().__init__(*novelty_convs(1), init(nn.Linear(64 * 12 * 12, 512)))
 
 
-class Predictor(nn.Sequential):
+class Predictor(NoveltyNet):
     """The imitator, two layers deeper than the target.
 
     Input (batch, 1, 96, 96) float32, the newest frame, normalised; output (batch, 512).
@@ -123,7 +154,7 @@ class Predictor(nn.Sequential):
         super().__init__(*novelty_convs(1), *head, init(nn.Linear(512, 512)))
 
 
-class EntropyEncoder(nn.Sequential):
+class EntropyEncoder(NoveltyNet):
     """Features of a state for the entropy stream of SND + entropy.
 
     Input (batch, 4, 96, 96) float32, all four frames / 256; output (batch, 256).

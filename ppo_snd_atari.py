@@ -23,6 +23,7 @@ import difflib
 import fcntl
 import gc
 import importlib.util
+import itertools
 import math
 import multiprocessing
 import os
@@ -33,10 +34,12 @@ import signal
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Literal, NoReturn, TextIO, get_args, get_origin
 
@@ -52,6 +55,7 @@ from torch.utils.tensorboard import SummaryWriter
 from models import ActorCritic, Predictor, Target
 
 SCRIPT = Path(__file__).stem
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     compile: bool = False
-    """compile the networks with torch.compile, on a GPU into CUDA graphs"""
+    """compile the networks with torch.compile: about a minute at the start, then on a GPU a faster update"""
     bf16: bool = True
     """run the policy in bfloat16 where the hardware multiplies it fast; the novelty networks stay in float32"""
     track: bool = False
@@ -307,80 +311,110 @@ class AtariEnvs:
     An episode's end is followed by a *reset row*: the step after it ignores its action and returns the first
     observation of the next episode. So where `next_done` is True, `next_obs` is the true final observation.
 
+    On a GPU the games form two groups, so that one plays while the network looks at the other.
+
     Attributes:
-        next_obs: (N, 4, 96, 96) uint8, what the next action is chosen on.
+        groups: the games of each group, as slices of the N.
+        frames: of each group, (size of the group, 4, 96, 96) uint8, what the next action is chosen on.
         next_done: (N,) bool, True where the next row is a reset row.
         num_actions: actions of the game.
         rooms: ids of the distinct rooms seen; None where the game's rooms are unknown.
         returns, lengths: true scores and agent steps of the games finished since they were last taken.
     """
 
-    def __init__(self, args: Args, seed: int):
+    def __init__(self, args: Args, seed: int, device: torch.device = CPU):
         self.game, n = game_of(args), args.num_envs
+        edges = [0, n // 2, n] if device.type == "cuda" and n > 1 else [0, n]
+        self.groups = [slice(*edge) for edge in itertools.pairwise(edges)]
+        self.envs = [self.make(args, seed, group) for group in self.groups]
+        space = self.envs[0].action_space if args.env_backend == "envpool" else self.envs[0].single_action_space
+        self.num_actions = int(space.n)
+        self.frames, infos = zip(*(envs.reset() for envs in self.envs), strict=True)
+        self.frames, self.next_done = list(self.frames), np.zeros(n, bool)
+        self.ram = np.concatenate([info["ram"] for info in infos])
+        self.scores, self.steps = np.zeros(n), np.zeros(n, int)
+        self.returns, self.lengths = [], []
+        self.rooms = set() if self.game in ROOM_GAMES else None
+        self.count_rooms(self.ram, self.ram, np.ones(n, bool))
+
+    @property
+    def next_obs(self) -> np.ndarray:
+        """The frames of all games, (N, 4, 96, 96) uint8."""
+        return np.concatenate(self.frames)
+
+    def make(self, args: Args, seed: int, group: slice) -> gymnasium.vector.VectorEnv:
+        """The games of a group behind the chosen backend; game i has the seed `seed + i` however they are grouped."""
         if args.env_backend == "envpool":
             import envpool
 
-            self.envs = envpool.make(
+            return envpool.make(
                 f"{self.game}-v5",
                 env_type="gymnasium",
-                num_envs=n,
-                seed=seed,
+                num_envs=group.stop - group.start,
+                seed=seed + group.start,
                 img_height=96,
                 img_width=96,
                 max_episode_steps=MAX_EPISODE_STEPS,
                 repeat_action_probability=args.repeat_action_probability,
                 episodic_life=args.episodic_life,
             )
-            self.num_actions = int(self.envs.action_space.n)
-        else:
-            rom, sticky = rom_names("gymnasium")[self.game], args.repeat_action_probability
-            games = [partial(AtariGame, rom, seed + i, sticky, args.episodic_life) for i in range(n)]
-            # fork: the workers share this process's memory, a spawned one would import torch again. They ignore
-            # Ctrl-C, which a terminal sends to them too: this process decides when they end.
-            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            gc.freeze()  # nor may a worker collect, and so destroy, objects that belong to this process's threads
-            self.envs = gymnasium.vector.AsyncVectorEnv(games, context="fork")
-            gc.unfreeze()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            self.num_actions = int(self.envs.single_action_space.n)
-        self.next_obs, info = self.envs.reset()
-        self.next_done = np.zeros(n, bool)
-        self.scores, self.steps = np.zeros(n), np.zeros(n, int)
-        self.returns, self.lengths = [], []
-        self.ram = info["ram"]
-        self.rooms = set() if self.game in ROOM_GAMES else None
-        self.count_rooms(self.ram, np.ones(n, bool))
+        rom, sticky = rom_names("gymnasium")[self.game], args.repeat_action_probability
+        indices = range(group.start, group.stop)
+        games = [partial(AtariGame, rom, seed + i, sticky, args.episodic_life) for i in indices]
+        # fork: the workers share this process's memory, a spawned one would import torch again. They ignore
+        # Ctrl-C, which a terminal sends to them too: this process decides when they end.
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        gc.freeze()  # nor may a worker collect, and so destroy, objects that belong to this process's threads
+        envs = gymnasium.vector.AsyncVectorEnv(games, context="fork")
+        gc.unfreeze()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        return envs
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Step every game; returns the unclipped rewards (N,) float32, and `terminated` and `done` (N,) bool."""
-        self.next_obs, _, terminated, truncated, info = self.envs.step(actions)
-        reset_row, last_ram, self.ram = self.next_done, self.ram, info["ram"]
-        self.next_done = terminated | truncated
-        self.scores += info["reward"]
-        self.steps += ~reset_row
-        for i in np.flatnonzero(info["terminated"].astype(bool) | truncated):
+    def step_async(self, group: int, actions: np.ndarray) -> None:
+        """Start a step of a group's games with actions (size of the group,) int32."""
+        envs = self.envs[group]
+        (envs.step_async if isinstance(envs, gymnasium.vector.AsyncVectorEnv) else envs.send)(actions)
+
+    def step_wait(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """End a group's step; returns its unclipped rewards float32, and `terminated` and `done` bool."""
+        envs, rows = self.envs[group], self.groups[group]
+        receive = envs.step_wait if isinstance(envs, gymnasium.vector.AsyncVectorEnv) else envs.recv
+        self.frames[group], _, terminated, truncated, info = receive()
+        reset_row, last_ram = self.next_done[rows].copy(), self.ram[rows].copy()
+        self.next_done[rows], self.ram[rows] = terminated | truncated, info["ram"]
+        self.scores[rows] += info["reward"]
+        self.steps[rows] += ~reset_row
+        for i in rows.start + np.flatnonzero(info["terminated"].astype(bool) | truncated):
             self.returns.append(float(self.scores[i]))
             self.lengths.append(int(self.steps[i]))
             self.scores[i] = self.steps[i] = 0
-        self.count_rooms(last_ram, reset_row)
-        return info["reward"].astype(np.float32), terminated, self.next_done
+        self.count_rooms(self.ram[rows], last_ram, reset_row)
+        return info["reward"].astype(np.float32), terminated, terminated | truncated
 
-    def count_rooms(self, last_ram: np.ndarray, first: np.ndarray) -> None:
-        """Add the rooms that `ram` shows; `first` (N,) bool marks the first observation of an episode."""
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Step every game; actions, rewards, `terminated` and `done` are (N,)."""
+        for group, rows in enumerate(self.groups):
+            self.step_async(group, actions[rows])
+        results = [self.step_wait(group) for group in range(len(self.groups))]
+        return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
+
+    def count_rooms(self, ram: np.ndarray, last_ram: np.ndarray, first: np.ndarray) -> None:
+        """Add the rooms that the memories `ram` show, see rooms_of."""
         if self.rooms is not None:
-            rooms = rooms_of(self.game, self.ram, last_ram, first)
+            rooms = rooms_of(self.game, ram, last_ram, first)
             self.rooms.update(rooms[rooms >= 0].tolist())
 
     def close(self) -> None:
         """Stop the worker processes, if the backend has any, dead or alive."""
-        if isinstance(self.envs, gymnasium.vector.AsyncVectorEnv):
-            for process in self.envs.processes:
-                process.kill()
-                process.join()
-            self.envs.closed = True
+        for envs in self.envs:
+            if isinstance(envs, gymnasium.vector.AsyncVectorEnv):
+                for process in envs.processes:
+                    process.kill()
+                    process.join()
+                envs.closed = True
 
 
 ROOM_BYTE = {"Pitfall": 1, "PrivateEye": 92, "Venture": 90}  # where the game keeps the number of the room
@@ -481,10 +515,9 @@ class Learner:
         for module in vars(self).values():
             module.to(device, memory_format=torch.channels_last)
             if args.compile and any(True for _ in module.parameters()):
-                # On a GPU the networks then run as CUDA graphs; a rollout's few batch shapes never change.
-                module.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
-        # fused: one kernel for all parameters instead of several for each.
-        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+                module.compile(dynamic=False)  # the few batch shapes never change
+        # fused: one kernel for all parameters instead of several for each. capturable: `graphed` may record it.
+        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
         self.optimizer = adam(self.agent.parameters())
         self.predictor_optimizer = adam(self.predictor.parameters())
         self.target_optimizer = adam(self.target.parameters())
@@ -516,7 +549,8 @@ def autocast(args: Args, device: torch.device) -> torch.autocast:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and fast)
+    # A CUDA graph must cast the weights each time, for it would not notice that they changed.
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and fast, cache_enabled=device.type == "cpu")
 
 
 def novelty_input(obs: Tensor, obs_stats: RunningMeanStd, norm_obs: str) -> Tensor:
@@ -546,16 +580,17 @@ def augment(x: Tensor) -> Tensor:
     return x + 0.4 * torch.rand_like(x) - 0.2
 
 
-def draw_pairs(valid_inds: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
-    """Rows of the states A and B of `num_pairs` pairs, (2 * num_pairs,) int64, A first; and their labels, float32.
+def draw_pairs(valid_inds: Tensor, num_minibatches: int, num_pairs: int) -> tuple[Tensor, Tensor]:
+    """For each minibatch, the rows of the states A and B of `num_pairs` pairs, A first, and the pairs' labels.
 
-    Label 0: B is A. Label 1, with probability 1/2: B is another state, drawn uniformly.
+    Label 0: B is A. Label 1, with probability 1/2: B is another state, drawn uniformly. Returns (num_minibatches, 2 *
+    num_pairs) int64 and (num_minibatches, num_pairs) float32.
     """
-    n, device = len(valid_inds), valid_inds.device
-    a = torch.randint(n, (num_pairs,), device=device)
-    labels = torch.randint(2, (num_pairs,), device=device)
-    other = (a + 1 + torch.randint(max(n - 1, 1), (num_pairs,), device=device)) % n
-    return valid_inds[torch.cat([a, torch.where(labels == 1, other, a)])], labels.float()
+    n, shape, device = len(valid_inds), (num_minibatches, num_pairs), valid_inds.device
+    a = torch.randint(n, shape, device=device)
+    labels = torch.randint(2, shape, device=device)
+    other = (a + 1 + torch.randint(max(n - 1, 1), shape, device=device)) % n
+    return valid_inds[torch.cat([a, torch.where(labels == 1, other, a)], dim=1)], labels.float()
 
 
 def contrastive_loss(features: Tensor, labels: Tensor) -> Tensor:
@@ -579,8 +614,7 @@ def intrinsic_rewards(learner: Learner, rollout: Rollout, args: Args) -> Tensor:
     rewards = torch.empty(len(next_obs), device=next_obs.device)
     for chunk, chunk_rewards in zip(next_obs.split(2048), rewards.split(2048), strict=True):
         x = novelty_input(chunk, learner.obs_stats, args.norm_obs)
-        target_features = learner.target(x).clone()  # a CUDA graph's output lasts until the next network runs
-        chunk_rewards.copy_(novelty(target_features, learner.predictor(x), args.int_reward_scale))
+        chunk_rewards.copy_(novelty(learner.target(x), learner.predictor(x), args.int_reward_scale))
     rewards = rewards.view_as(rollout.valid) * rollout.valid
     if args.norm_int_reward:
         learner.int_returns.update(rewards, rollout.valid, rollout.valid_inds, args.int_gamma)
@@ -600,11 +634,10 @@ def gae(
     """
     deltas = rewards + gamma * values[1:] * ~terminations - values[:-1]
     decay = gamma * gae_lambda * ~dones
-    advantages, advantage = torch.empty_like(rewards), torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + decay[t] * advantage
-        advantages[t] = advantage
-    return advantages
+    advantages = [torch.zeros_like(rewards[0])]
+    for delta, factor in zip(reversed(deltas.unbind()), reversed(decay.unbind()), strict=True):
+        advantages.append(torch.addcmul(delta, factor, advantages[-1]))
+    return torch.stack(advantages[:0:-1])
 
 
 def estimate_advantages(rollout: Rollout, int_rewards: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -672,6 +705,73 @@ LOSSES += ["contrastive"]
 NUM_PAIRS = 64  # pairs of states in each step of the contrastive loss
 
 
+def graphed(function: Callable) -> Callable:
+    """On a GPU, record the kernels of `function(learner, args, *tensors)` and replay them: one launch for thousands.
+
+    A recording works in fixed memory: the tensors are copied there, and what it returns lasts until the next call. Each
+    new combination of shapes is run once as it is, which lets the libraries set themselves up, and then recorded. On a
+    CPU this is the function itself.
+    """
+    recordings = weakref.WeakKeyDictionary()
+
+    @wraps(function)
+    def replay(learner: Learner, args: Args, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if tensors[0].device.type == "cpu":
+            return function(learner, args, *tensors)
+        known, shapes = recordings.setdefault(learner, {}), tuple(x.shape for x in tensors)
+        if shapes not in known:
+            known[shapes] = None
+            return function(learner, args, *tensors)
+        if known[shapes] is None:
+            graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
+            # Recordings that replay at the same time must not share cuBLAS's workspace, which belongs to a stream.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+                known[shapes] = graph, inputs, function(learner, args, *inputs)
+        graph, inputs, outputs = known[shapes]
+        for memory, x in zip(inputs, tensors, strict=True):
+            memory.copy_(x)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+@contextlib.contextmanager
+def in_background(*tensors: Tensor) -> Iterator[None]:
+    """On a GPU, queue what is inside behind all that was queued so far, on its default stream; `main` uses another.
+
+    `tensors` are those read inside: their memory is not used anew before that. On a CPU everything runs at once.
+    """
+    if tensors[0].device.type == "cpu":
+        yield
+        return
+    background = torch.cuda.default_stream()
+    background.wait_stream(torch.cuda.current_stream())
+    for x in tensors:
+        x.record_stream(background)
+    with torch.cuda.stream(background):
+        yield
+
+
+def wait_for_background(device: torch.device) -> None:
+    """Let what is queued from here on begin after what is in the background."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+
+
+@graphed
+def act(learner: Learner, args: Args, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Actions (batch,) int64, their log-probabilities (batch,) and the values (batch, heads) of obs (batch, ...).
+
+    `noise` (batch, actions) float32 comes from the exponential distribution.
+    """
+    with autocast(args, obs.device):
+        logits, values = learner.agent(obs)
+    # The Gumbel trick: unlike torch.distributions it never asks the device for a yes or no.
+    actions = (logits - noise.log()).argmax(dim=1)
+    return actions, logits.log_softmax(dim=1).gather(1, actions[:, None])[:, 0], values
+
+
 @torch.no_grad()
 def collect_rollout(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) -> Rollout:
     """Play `num_steps` steps of every environment; fills obs (T + 1, N, 4, 96, 96) uint8 and returns the rollout.
@@ -679,28 +779,31 @@ def collect_rollout(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) 
     One forward pass per step: the values come with the actions, and a last pass gives those to bootstrap from.
     """
     device, shape = obs.device, (args.num_steps, args.num_envs)
-    # Page-locked on a GPU, so that the copy there need not wait; safe to refill, for the actions wait for that copy.
-    frames = torch.empty(obs.shape[1:], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    actions = torch.empty(shape, dtype=torch.int64, device=device)
-    logprobs, values = torch.empty(shape, device=device), []
+    noise = torch.empty(args.num_steps + 1, args.num_envs, envs.num_actions, device=device).exponential_()
+    actions, logprobs = torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device)
+    values = torch.empty(args.num_steps + 1, args.num_envs, learner.agent.values.out_features, device=device)
     rewards = np.empty(shape, np.float32)
     terminations, dones, valid = (np.empty(shape, bool) for _ in range(3))
-    with autocast(args, device):  # around the whole loop, so that it casts the weights once
+    with autocast(args, device):  # around the whole loop, so that on a CPU the weights are cast once
         for t in range(args.num_steps + 1):
-            frames.copy_(torch.from_numpy(envs.next_obs))
-            obs[t].copy_(frames, non_blocking=True)
-            logits, value = learner.agent(obs[t])
-            values.append(value.clone())  # a CUDA graph reuses its output
-            if t == args.num_steps:
-                break
-            # Sample with the Gumbel trick: unlike torch.distributions it never asks the device for a yes or no.
-            actions[t] = (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
-            logprobs[t] = logits.log_softmax(dim=1).gather(1, actions[t, :, None])[:, 0]
-            valid[t] = ~envs.next_done
-            rewards[t], terminations[t], dones[t] = envs.step(actions[t].to("cpu", torch.int32).numpy())
+            for group, rows in enumerate(envs.groups):  # while the network looks at one, the other plays
+                if t > 0:
+                    results = envs.step_wait(group)
+                    rewards[t - 1, rows], terminations[t - 1, rows], dones[t - 1, rows] = results
+                obs[t, rows] = torch.from_numpy(envs.frames[group])
+                new_actions, new_logprobs, values[t, rows] = act(learner, args, obs[t, rows], noise[t, rows])
+                if t < args.num_steps:
+                    actions[t, rows], logprobs[t, rows] = new_actions, new_logprobs
+                    valid[t, rows] = ~envs.next_done[rows]
+                    envs.step_async(group, new_actions.to("cpu", torch.int32).numpy())
     from_host = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
     from_host = [torch.from_numpy(array).to(device) for array in from_host]
-    return Rollout(obs, actions, logprobs, torch.stack(values), *from_host)
+    return Rollout(obs, actions, logprobs, values, *from_host)
+
+
+def shuffled_inds(args: Args, device: torch.device) -> Tensor:
+    """The rows of a rollout in random order, (num_minibatches, minibatch size) int64."""
+    return torch.randperm(args.num_steps * args.num_envs, device=device).view(args.num_minibatches, -1)
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
@@ -712,45 +815,70 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float
     optimizer.step()
 
 
-def update(learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args) -> dict[str, float]:
+@graphed
+def policy_epoch(learner: Learner, args: Args, inds: Tensor, obs: Tensor, *batch: Tensor) -> Tensor:
+    """Train the policy and the values on the minibatches inds (minibatches, size); returns the mean PPO losses (5,).
+
+    obs (rows, 4, 96, 96) uint8; `batch` are ppo_loss's actions, old_logprobs, advantages, returns and valid, by row.
+    """
+    coefs = (args.ext_coef, args.int_coef)
+    trained_values = torch.stack([torch.full((), float(coef > 0), device=obs.device) for coef in coefs])
+    losses = []
+    for mb_inds in inds:
+        with autocast(args, obs.device):
+            logits, values = learner.agent(obs[mb_inds])
+        loss, stats = ppo_loss(logits, values, *(x[mb_inds] for x in batch), trained_values, args)
+        descend(learner.optimizer, loss, args.max_grad_norm)
+        losses.append(stats)
+    return torch.stack(losses).mean(dim=0)
+
+
+@graphed
+def novelty_epoch(
+    learner: Learner, args: Args, inds: Tensor, pair_inds: Tensor, labels: Tensor, obs: Tensor, valid: Tensor
+) -> Tensor:
+    """Train the target and the predictor; returns the mean distillation and contrastive losses (2,).
+
+    inds (minibatches, size) int64 for the predictor; pair_inds (minibatches, 2 * NUM_PAIRS) and labels (minibatches,
+    NUM_PAIRS) for the target; obs (rows, 1, 96, 96) uint8, the newest frames; valid (rows,) bool.
+    """
+    update_proportion = args.update_proportion or min(1, 32 / args.num_envs)
+    losses = []
+    for mb_inds, mb_pair_inds, mb_labels in zip(inds, pair_inds, labels, strict=True):
+        pairs = novelty_input(obs[mb_pair_inds], learner.obs_stats, args.norm_obs)
+        contrastive = contrastive_loss(learner.target(augment(pairs)), mb_labels)
+        descend(learner.target_optimizer, contrastive)
+
+        x = novelty_input(obs[mb_inds], learner.obs_stats, args.norm_obs)
+        with torch.no_grad():
+            target_features = learner.target(x)
+        distillation = distillation_loss(learner.predictor(x), target_features, valid[mb_inds], update_proportion)
+        descend(learner.predictor_optimizer, distillation)
+        losses.append(torch.stack([distillation.detach(), contrastive.detach()]))
+    return torch.stack(losses).mean(dim=0)
+
+
+def update(learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args) -> dict[str, Tensor]:
     """Train on a rollout; advantages (T, N), returns (T, N, heads).
 
-    Returns the mean losses. Nothing here waits for the device before they are read at the end.
+    Returns the mean losses, numbers on the device; nothing here waits for it. The policy and the novelty networks share
+    nothing, so on a GPU the latter train in the background while the policy already plays the next rollout.
     """
     device = rollout.obs.device
-    b_obs = rollout.obs[:-1].flatten(0, 1)
-    batch = {"actions": rollout.actions, "old_logprobs": rollout.logprobs, "valid": rollout.valid}
-    batch = {name: x.flatten(0, 1) for name, x in (batch | {"advantages": advantages, "returns": returns}).items()}
-    minibatch_size = len(b_obs) // args.num_minibatches
-    mb_obs = torch.empty(minibatch_size, *b_obs.shape[1:], dtype=torch.uint8, device=device)
-    update_proportion = args.update_proportion or min(1, 32 / args.num_envs)
-    coefs = (args.ext_coef, args.int_coef)
-    trained_values = torch.stack([torch.full((), float(coef > 0), device=device) for coef in coefs])
-    totals = torch.zeros(len(LOSSES), device=device)
+    batch = [rollout.obs[:-1], rollout.actions, rollout.logprobs, advantages, returns, rollout.valid]
+    batch = [x.flatten(0, 1) for x in batch]
+    policy_losses = torch.zeros(5, device=device)
     for _ in range(args.update_epochs):
-        for mb_inds in torch.randperm(len(b_obs), device=device).split(minibatch_size):
-            torch.index_select(b_obs, 0, mb_inds, out=mb_obs)
-            mb = {name: x[mb_inds] for name, x in batch.items()}
+        policy_losses += policy_epoch(learner, args, shuffled_inds(args, device), *batch) / args.update_epochs
 
-            with autocast(args, device):
-                logits, values = learner.agent(mb_obs)
-            loss, ppo_stats = ppo_loss(logits, values, **mb, trained_values=trained_values, args=args)
-            descend(learner.optimizer, loss, args.max_grad_norm)
-
-            pair_inds, labels = draw_pairs(rollout.valid_inds, NUM_PAIRS)
-            pairs = novelty_input(b_obs[pair_inds], learner.obs_stats, args.norm_obs)
-            contrastive = contrastive_loss(learner.target(augment(pairs)), labels)
-            descend(learner.target_optimizer, contrastive)
-
-            x = novelty_input(mb_obs, learner.obs_stats, args.norm_obs)
-            with torch.no_grad():
-                mb_target = learner.target(x).clone()  # the predictor's CUDA graph may reuse its memory
-            distillation = distillation_loss(learner.predictor(x), mb_target, mb["valid"], update_proportion)
-            descend(learner.predictor_optimizer, distillation)
-
-            totals += torch.cat([ppo_stats, torch.stack([distillation.detach(), contrastive.detach()])])
-    totals /= args.update_epochs * args.num_minibatches
-    return dict(zip(LOSSES, totals.tolist(), strict=True))
+    obs, valid = rollout.obs[:-1, :, -1:].flatten(0, 1), rollout.valid.flatten()
+    obs = obs if device.type == "cpu" else obs.clone()  # which the next rollout overwrites
+    with in_background(obs, valid, rollout.valid_inds):
+        novelty_losses = torch.zeros(len(LOSSES) - 5, device=device)
+        for _ in range(args.update_epochs):
+            inds, pairs = shuffled_inds(args, device), draw_pairs(rollout.valid_inds, args.num_minibatches, NUM_PAIRS)
+            novelty_losses += novelty_epoch(learner, args, inds, *pairs, obs, valid) / args.update_epochs
+    return dict(zip(LOSSES, [*policy_losses, *novelty_losses], strict=True))
 
 
 # ---- Book-keeping ----------------------------------------------------------------------------------------------------
@@ -820,8 +948,10 @@ def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict)
         raise OSError(str(cause).splitlines()[0]) from error
 
 
-def try_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
-    """Write a checkpoint, or say that there is no room for it and leave the last one."""
+def try_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict, log: "Log") -> None:
+    """Finish the log and write a checkpoint; where there is no room for it, say so and leave the last one."""
+    wait_for_background(learner.obs_stats.mean.device)
+    log.flush(weight_norms(learner))
     try:
         save_checkpoint(run_dir, args, learner, counters)
     except OSError as error:
@@ -874,6 +1004,8 @@ def restore(state: dict, learner: Learner, path: Path) -> None:
                     shapes = [moments[moment].shape for moment in ("exp_avg", "exp_avg_sq", "step")]
                     if shapes != [parameter.shape, parameter.shape, ()]:
                         raise ValueError(f"{name} belongs to another network")
+                for group in part.param_groups:
+                    group["capturable"] = group["params"][0].is_cuda  # the run may come from another device
         random.setstate(state["random"]["python"])
         np.random.set_state(tuple(state["random"]["numpy"]))
         torch.set_rng_state(state["random"]["torch"])
@@ -916,15 +1048,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back below 2 GiB
 
 
-def check_finite(scalars: dict[str, float], learner: Learner, step: int, run_dir: Path) -> None:
+def check_finite(numbers: dict[str, float], step: int, run_dir: Path) -> None:
     """End the run, exit status 1, at the first number that is not finite; the checkpoint on disk stays as it is."""
-    modules = {name: part for name, part in vars(learner).items() if isinstance(part, nn.Module)}
-    weights = {
-        f"weights/{name}": nn.utils.get_total_norm(list(part.parameters())).item() for name, part in modules.items()
-    }
-    for name, value in (scalars | weights).items():
+    for name, value in numbers.items():
         if not math.isfinite(value):
             fail(f"step {step}: {name} is {value}; the last good checkpoint is kept in {run_dir}", status=1)
+
+
+def weight_norms(learner: Learner) -> dict[str, float]:
+    """{"weights/agent": norm} of every network."""
+    modules = {name: part for name, part in vars(learner).items() if isinstance(part, nn.Module)}
+    return {f"weights/{name}": nn.utils.get_total_norm(list(net.parameters())).item() for name, net in modules.items()}
 
 
 def catch_stop_signals() -> list[int]:
@@ -943,10 +1077,13 @@ def catch_stop_signals() -> list[int]:
 
 
 class Log:
-    """TensorBoard events of a run; a full disk costs log lines, not the run."""
+    """TensorBoard events of a run; a full disk costs log lines, not the run.
+
+    It keeps one step back, for numbers of it may still be on their way from the GPU.
+    """
 
     def __init__(self, run_dir: Path, args: Args, step: int):
-        self.run_dir = run_dir
+        self.run_dir, self.pending = run_dir, ({}, step)
         # The writer's thread need not print the error that `write` reports.
         threading.excepthook = lambda error: (
             None if isinstance(error.exc_value, OSError) else threading.__excepthook__(error)
@@ -974,8 +1111,16 @@ class Log:
         """Begin an event file that hides whatever older ones logged after `step`."""
         self.writer = SummaryWriter(str(self.run_dir), purge_step=step + 1)
 
-    def write(self, scalars: dict[str, float], step: int) -> None:
-        """Log {tag: value} at an agent step; on disk when this returns."""
+    def write(self, scalars: dict[str, float | Tensor], step: int) -> None:
+        """Log {tag: value} at an agent step, when the next step is logged or at `flush`."""
+        self.flush()
+        self.pending = scalars, step
+
+    def flush(self, weight_norms: dict[str, float] | None = None) -> None:
+        """Put the last step on the disk; exit status 1 if one of its numbers, or of `weight_norms`, is not finite."""
+        scalars, step = {tag: float(value) for tag, value in self.pending[0].items()}, self.pending[1]
+        self.pending = {}, step
+        check_finite(scalars | (weight_norms or {}), step, self.run_dir)
         older = set(self.run_dir.glob("events.out.tfevents.*")) if self.writer is None else None
         try:
             if self.writer is None:
@@ -1029,7 +1174,10 @@ def main() -> None:
     if args.cuda and device.type == "cpu":
         say("no CUDA device found: training on the CPU", sys.stderr)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # for the why see autocast
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True  # for the why see autocast
+    if device.type == "cuda":
+        torch.set_num_threads(1)  # more would wait actively and take the processors from the emulators
+        torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # the default stream is left to the background
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -1039,7 +1187,7 @@ def main() -> None:
     try:
         if state is None:
             init_obs_stats(obs_stats, args, env_seed)
-        envs = AtariEnvs(args, env_seed)
+        envs = AtariEnvs(args, env_seed, device)
     except (EOFError, ConnectionError):
         fail("an environment process died at the start", status=1)
     learner = Learner(args, envs.num_actions, device)
@@ -1060,12 +1208,12 @@ def main() -> None:
         envs.rooms.update(counters["rooms"])
     progress = Progress(args, counters["iteration"] * batch_size)
 
+    start = time.time()
     for iteration in range(counters["iteration"] + 1, num_iterations + 1):
-        start = time.time()
         try:
             rollout = collect_rollout(envs, learner, obs, args)
         except (EOFError, ConnectionError):  # what is learned is as the last iteration left it
-            try_checkpoint(run_dir, args, learner, counters)
+            try_checkpoint(run_dir, args, learner, counters, log)
             if stop:  # a signal to the whole process group ended the emulators too
                 say(
                     f"\nstopped at step {counters['iteration'] * batch_size:,}; go on with: {resume_command}",
@@ -1073,6 +1221,7 @@ def main() -> None:
                 )
                 sys.exit(128 + stop[0])
             fail(f"an environment process died; go on with: {resume_command}", status=1)
+        wait_for_background(device)  # for the novelty networks' update on the last rollout
         update_obs_stats(learner.obs_stats, obs[:-1].flatten(0, 1), rollout.valid_inds)
         int_rewards = intrinsic_rewards(learner, rollout, args)
         advantages, returns = estimate_advantages(rollout, int_rewards, args)
@@ -1081,13 +1230,12 @@ def main() -> None:
         step = iteration * batch_size
         scores.extend(envs.returns)
         scalars = {f"losses/{name}": value for name, value in losses.items()}
-        scalars["losses/explained_variance"] = explained_variance(rollout, advantages, returns, args).item()
+        scalars["losses/explained_variance"] = explained_variance(rollout, advantages, returns, args)
         valid_rewards = int_rewards.flatten()[rollout.valid_inds]
-        scalars["charts/intrinsic_reward"] = valid_rewards.mean().item()
-        scalars["charts/intrinsic_reward_std"] = valid_rewards.std(correction=0).item()
-        check_finite(scalars, learner, step, run_dir)
+        scalars["charts/intrinsic_reward"] = valid_rewards.mean()
+        scalars["charts/intrinsic_reward_std"] = valid_rewards.std(correction=0)
         scalars["charts/learning_rate"] = args.learning_rate
-        scalars["charts/SPS"] = batch_size / (time.time() - start)
+        scalars["charts/SPS"], start = batch_size / (time.time() - start), time.time()
         if envs.returns:  # games that ended in this iteration
             scalars["charts/episodic_return"] = np.mean(envs.returns)
             scalars["charts/episodic_length"] = np.mean(envs.lengths)
@@ -1095,11 +1243,12 @@ def main() -> None:
         if envs.rooms is not None:
             scalars["charts/explored_rooms"] = len(envs.rooms)
         log.write(scalars, step)
-        progress.show(step, scores, envs.rooms, scalars["charts/intrinsic_reward"], iteration == num_iterations)
+        int_reward = scalars["charts/intrinsic_reward"].item()  # waits for the policy's update, not for the background
+        progress.show(step, scores, envs.rooms, int_reward, iteration == num_iterations)
         counters = {"iteration": iteration, "rooms": sorted(envs.rooms or ()), "scores": list(scores)}
         stopping = bool(stop)  # looked at once: a signal after this line is seen in the next iteration
         if iteration % args.checkpoint_interval == 0 or iteration == num_iterations or stopping:
-            try_checkpoint(run_dir, args, learner, counters)
+            try_checkpoint(run_dir, args, learner, counters, log)
         if stopping:
             say(f"\nstopped at step {step:,}; go on with: {resume_command}", sys.stdout)
             sys.exit(128 + stop[0])

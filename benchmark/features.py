@@ -45,7 +45,7 @@ def collect_states(
         np.random.default_rng(seed),
         next(learner.agent.parameters()).device,
     )
-    states, rooms, last_ram, first = [], [], envs.ram, np.ones(args.num_envs, bool)
+    states, rooms, last_ram, first = [], [], envs.ram.copy(), np.ones(args.num_envs, bool)
     current = np.full(args.num_envs, -1)
     try:
         with tqdm(total=num_states, unit="state") as bar:
@@ -64,7 +64,7 @@ def collect_states(
                 )
                 explore = rng.random(args.num_envs) < random_actions
                 actions[explore] = rng.integers(envs.num_actions, size=explore.sum())
-                last_ram, first = envs.ram, envs.next_done
+                last_ram, first = envs.ram.copy(), envs.next_done.copy()
                 envs.step(actions.astype(np.int32))
     finally:
         envs.close()

@@ -76,7 +76,7 @@ def bf16_everywhere(script: ModuleType) -> Iterator[None]:
     """Let `bf16` of the arguments alone decide, also where the script finds bfloat16 too slow on this hardware."""
 
     def autocast(args: object, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=device.type == "cpu")
 
     with patch.object(script, "autocast", autocast):
         yield
@@ -226,12 +226,13 @@ def train_novelty(script: ModuleType, learner: object, frames: Tensor, args: obj
         if step % 25 == 0 and rewards_in("float32", script, learner, frames, args).mean() <= options.goal:
             return step
         if hasattr(learner, "target_optimizer"):
-            inds, labels = script.draw_pairs(everything, script.NUM_PAIRS)
-            pairs = script.augment(script.novelty_input(frames[inds], learner.obs_stats, args.norm_obs))
+            inds, labels = script.draw_pairs(everything, 1, script.NUM_PAIRS)
+            pairs = script.augment(script.novelty_input(frames[inds[0]], learner.obs_stats, args.norm_obs))
             learner.target_optimizer.zero_grad()
-            script.contrastive_loss(learner.target(pairs), labels).backward()
+            script.contrastive_loss(learner.target(pairs), labels[0]).backward()
             learner.target_optimizer.step()
-        x = script.novelty_input(frames[torch.randperm(len(frames))[: len(valid)]], learner.obs_stats, args.norm_obs)
+        inds = torch.randperm(len(frames), device=frames.device)[: len(valid)]
+        x = script.novelty_input(frames[inds], learner.obs_stats, args.norm_obs)
         with torch.no_grad():
             target_features = learner.target(x)
         learner.predictor_optimizer.zero_grad()

@@ -5,11 +5,13 @@
 
 The script's own `main` runs, in a temporary folder, with clocks around the functions that it calls; nothing of its
 loop is repeated here. Before and after it, the same environments are stepped with random actions and nothing else: no
-training can be faster than that. Every figure is a median over iterations, the first of which is left out.
+training can be faster than that. Every figure is a median over iterations, the first of which is left out. On a GPU
+`main` runs twice: once as it is, for the training rate, and once waiting for the GPU after each part, for the parts.
 """
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -73,7 +75,7 @@ NORM_INIT_STEPS = 8  # only of the start, which is not measured
 
 # What each part of an iteration consists of; inference and rest are differences.
 PARTS = {
-    "environment": ["AtariEnvs.step"],
+    "environment": ["AtariEnvs.step_async", "AtariEnvs.step_wait"],
     "inference": [],
     "novelty rewards": ["update_obs_stats", "intrinsic_rewards", "state_entropy_rewards"],
     "advantages (GAE)": ["estimate_advantages"],
@@ -125,8 +127,8 @@ def run_main(script: ModuleType, values: dict, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def timed(script: ModuleType, calls: list[Call], on_gpu: bool) -> Iterator[None]:
-    """While this is open, every call of a phase of `script` is appended to `calls`."""
+def timed(script: ModuleType, calls: list[Call], waiting: bool) -> Iterator[None]:
+    """While this is open, `calls` receives every call of a phase of `script`; `waiting`: and of its work on the GPU."""
     with contextlib.ExitStack() as stack:
         for name in PHASES:
             owner_name, _, attribute = name.rpartition(".")
@@ -134,7 +136,7 @@ def timed(script: ModuleType, calls: list[Call], on_gpu: bool) -> Iterator[None]
             if hasattr(owner, attribute):  # only one script has state_entropy_rewards
                 # Stepping the emulators is work of the host alone; waiting for the GPU there would measure something
                 # else, and end any overlap of the two.
-                wait = torch.cuda.synchronize if on_gpu and name != "AtariEnvs.step" else lambda: None
+                wait = torch.cuda.synchronize if waiting and "AtariEnvs" not in name else lambda: None
                 clocked = with_clock(name, getattr(owner, attribute), calls, wait)
                 stack.enter_context(patch.object(owner, attribute, clocked))
         yield
@@ -177,7 +179,7 @@ def raw_environment_seconds(script: ModuleType, args: object, repeats: int) -> l
     for _ in range(repeats + 1):
         start = time.perf_counter()
         for row in actions:
-            envs.envs.step(row)
+            envs.envs[0].step(row)
         seconds.append(time.perf_counter() - start)
     envs.close()
     return seconds[1:]
@@ -193,20 +195,23 @@ def measure(options: Options) -> dict:
     args = script.Args(**values)
     script.check_args(args)
 
-    repeats, calls = options.iterations - 1, []
+    repeats, calls, waiting_calls = options.iterations - 1, [], []
     raw = raw_environment_seconds(script, args, repeats)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder, timed(script, calls, on_gpu):
-        run_main(script, values, Path(folder))
+    for run_calls, waiting in [(calls, False), (waiting_calls, True)][: 1 + on_gpu]:
+        with tempfile.TemporaryDirectory() as folder, timed(script, run_calls, waiting):
+            run_main(script, values, Path(folder))
     peak_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak_gpu = torch.cuda.max_memory_reserved() if on_gpu else None
     raw += raw_environment_seconds(script, args, repeats)  # again, for the speed of a shared machine drifts
 
-    iterations = iteration_parts(calls)[1:]
+    iterations = iteration_parts(waiting_calls or calls)[1:]
+    log_times = [end for name, _, end in calls if name == "Log.write"]
+    training = statistics.median(end - start for start, end in itertools.pairwise(log_times))
     seconds = {part: statistics.median(parts[part] for parts in iterations) for part in iterations[0]}
     rollout = statistics.median(parts["environment"] + parts["inference"] for parts in iterations)
-    raw_rate, training_rate = batch_size / statistics.median(raw), batch_size / seconds["total"]
+    raw_rate, training_rate = batch_size / statistics.median(raw), batch_size / training
     return {
         "options": {name: value for name, value in asdict(options).items() if name != "out"},
         "machine": {
@@ -247,7 +252,8 @@ def table(figures: dict) -> str:
     ]
     lines += [f"{name:<38}{rate:>10,.0f}" for name, rate in figures["steps_per_second"].items()]
     lines += [f"{'training / raw environment':<38}{figures['training_to_raw_environment']:>10.1%}"]
-    lines += ["", f"{'one iteration':<38}{'seconds':>10}{'share':>9}"]
+    heading = "one iteration" if figures["peak_gpu_bytes"] is None else "one iteration, part after part"
+    lines += ["", f"{heading:<38}{'seconds':>10}{'share':>9}"]
     lines += [f"{part:<38}{s:>10.3f}{s / seconds['total']:>9.1%}" for part, s in seconds.items()]
     every = f"one checkpoint (every {figures['checkpoint_interval']} iterations)"
     lines += [f"{every:<38}{figures['checkpoint_seconds']:>10.3f}", ""]

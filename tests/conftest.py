@@ -152,15 +152,17 @@ class Recorder:
         self.envs = script.AtariEnvs(args, seed)
         self.obs, self.dones = [self.envs.next_obs.copy()], [self.envs.next_done.copy()]
         self.ram, self.infos, self.rewards, self.terminations = [self.envs.ram.copy()], [], [], []
-        inner, outer = self.envs.envs.step, self.envs.step
+        (backend,), wait = self.envs.envs, self.envs.step_wait  # on a CPU all games form one group
+        receive_name = "recv" if hasattr(backend, "recv") else "step_wait"
+        receive = getattr(backend, receive_name)
 
-        def inner_step(actions: np.ndarray) -> tuple:
-            result = inner(actions)
+        def recorded_receive() -> tuple:
+            result = receive()
             self.infos.append({name: np.copy(result[4][name]) for name in ("reward", "terminated", "ram")})
             return result
 
-        def step(actions: np.ndarray) -> tuple:
-            result = rewards, terminations, dones = outer(actions)
+        def recorded_wait(group: int) -> tuple:
+            result = rewards, terminations, dones = wait(group)
             for record, value in (
                 (self.obs, self.envs.next_obs),
                 (self.rewards, rewards),
@@ -171,7 +173,8 @@ class Recorder:
                 record.append(value.copy())
             return result
 
-        self.envs.envs.step, self.envs.step = inner_step, step
+        setattr(backend, receive_name, recorded_receive)
+        self.envs.step_wait = recorded_wait
 
     def play(self, steps: int, seed: int = 0) -> "Recorder":
         """Random actions; returns the recorder itself, closed."""

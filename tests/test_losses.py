@@ -151,10 +151,11 @@ def test_draw_pairs(snd_script: ModuleType) -> None:
     """Half the labels are 1; label 0 is the same row, label 1 any other; reset rows are never drawn."""
     torch.manual_seed(0)
     valid_inds, num_pairs = torch.tensor([3, 5, 6, 10, 11, 12, 20, 21, 30, 31]), 40_000
-    rows, labels = snd_script.draw_pairs(valid_inds, num_pairs)
-    assert rows.shape == (2 * num_pairs,) and labels.shape == (num_pairs,) and labels.dtype == torch.float32
-    assert set(rows.tolist()) == set(valid_inds.tolist())
-    a, b = rows.chunk(2)
+    rows, labels = snd_script.draw_pairs(valid_inds, 4, num_pairs // 4)
+    assert rows.shape == (4, num_pairs // 2) and labels.shape == (4, num_pairs // 4) and labels.dtype == torch.float32
+    assert set(rows.flatten().tolist()) == set(valid_inds.tolist())
+    a, b = (half.flatten() for half in rows.chunk(2, dim=1))
+    labels = labels.flatten()
     assert torch.equal(a != b, labels == 1)
     assert abs(labels.mean().item() - 0.5) < 4 * 0.5 / num_pairs**0.5
     for row in valid_inds:
@@ -177,7 +178,7 @@ def test_update_draws_64_pairs_of_valid_rows(snd_script: ModuleType, monkeypatch
     learner = make_learner(snd_script, args)
     inputs, _ = reward_and_estimate(snd_script, learner, rollout, args)
     snd_script.update(learner, rollout, *inputs, args)
-    assert len(drawn) == 4 and all(len(labels) == 64 for _, labels in drawn)
+    assert len(drawn) == 2 and all(labels.shape == (args.num_minibatches, 64) for _, labels in drawn)
     assert rollout.valid.flatten()[torch.cat([rows for rows, _ in drawn])].all()
     assert not rollout.valid.all()
 
@@ -345,26 +346,26 @@ def test_ext_coef_2_needs_rewards(snd: ModuleType, monkeypatch: pytest.MonkeyPat
 def check_influence_of_rewards(script: ModuleType, monkeypatch: pytest.MonkeyPatch, ext_coef: float) -> None:
     """Train twice on the same games, paid and unpaid: the weights are bit-identical exactly if ext_coef is 0."""
     args = make_args(script, ext_coef=ext_coef, num_envs=4, num_steps=48)
-    paid, step = [], script.AtariEnvs.step
+    paid, wait = [], script.AtariEnvs.step_wait
 
     def weights() -> dict[str, torch.Tensor]:
         learner = train(script, args, iterations=2)
         modules = {name: part for name, part in vars(learner).items() if isinstance(part, torch.nn.Module)}
         return {f"{name}.{key}": value for name, part in modules.items() for key, value in part.state_dict().items()}
 
-    def recorded_step(envs: object, actions: np.ndarray) -> tuple:
-        rewards, *ends = step(envs, actions)
+    def recorded_wait(envs: object, group: int) -> tuple:
+        rewards, *ends = wait(envs, group)
         paid.append(rewards.sum())
         return rewards, *ends
 
-    def unpaid_step(envs: object, actions: np.ndarray) -> tuple:
-        rewards, *ends = step(envs, actions)
+    def unpaid_wait(envs: object, group: int) -> tuple:
+        rewards, *ends = wait(envs, group)
         return 0 * rewards, *ends
 
-    monkeypatch.setattr(script.AtariEnvs, "step", recorded_step)
+    monkeypatch.setattr(script.AtariEnvs, "step_wait", recorded_wait)
     with_rewards = weights()
     assert sum(paid[args.norm_init_steps :]) > 0  # the game did pay
-    monkeypatch.setattr(script.AtariEnvs, "step", unpaid_step)
+    monkeypatch.setattr(script.AtariEnvs, "step_wait", unpaid_wait)
     without_rewards = weights()
     same = [torch.equal(with_rewards[name], without_rewards[name]) for name in with_rewards]
     assert all(same) if ext_coef == 0 else not all(same)
@@ -394,9 +395,11 @@ def test_update_sees_every_row_once_an_epoch(script: ModuleType, monkeypatch: py
     rollout.logprobs = -torch.arange(32.0).view(8, 4) / 100  # a name for each row
     seen, ppo_loss = [], script.ppo_loss
 
-    def record(*given: object, **batch: object) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.append((batch["old_logprobs"] * -100).round().int().tolist())
-        return ppo_loss(*given, **batch)
+    def record(
+        logits: torch.Tensor, values: torch.Tensor, actions: torch.Tensor, logprobs: torch.Tensor, *rest: object
+    ):
+        seen.append((logprobs * -100).round().int().tolist())
+        return ppo_loss(logits, values, actions, logprobs, *rest)
 
     monkeypatch.setattr(script, "ppo_loss", record)
     script.update(learner, rollout, *inputs, args)

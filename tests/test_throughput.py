@@ -41,7 +41,7 @@ def test_measures_a_real_run(script: str, tmp_path: Path) -> None:
 
 
 def test_iteration_parts_against_hand_made_calls() -> None:
-    calls = [("AtariEnvs.step", 0, 5), ("AtariEnvs.step", 11, 12), ("AtariEnvs.step", 13, 14)]
+    calls = [("AtariEnvs.step_wait", 0, 5), ("AtariEnvs.step_async", 11, 12), ("AtariEnvs.step_wait", 13, 14)]
     calls += [("collect_rollout", 10, 15), ("update_obs_stats", 15, 16), ("intrinsic_rewards", 16, 18)]
     calls += [("estimate_advantages", 18, 18.5), ("update", 18.5, 28.5), ("Log.write", 29, 30)]
     expected = {"environment": 2, "inference": 3, "novelty rewards": 3, "advantages (GAE)": 0.5, "update": 10}
@@ -49,10 +49,10 @@ def test_iteration_parts_against_hand_made_calls() -> None:
 
 
 def test_clocks_are_taken_off_again() -> None:
-    before = ppo_rnd_atari.update, ppo_rnd_atari.AtariEnvs.step
-    with throughput.timed(ppo_rnd_atari, [], on_gpu=False):
-        assert ppo_rnd_atari.update is not before[0] and ppo_rnd_atari.AtariEnvs.step is not before[1]
-    assert (ppo_rnd_atari.update, ppo_rnd_atari.AtariEnvs.step) == before
+    before = ppo_rnd_atari.update, ppo_rnd_atari.AtariEnvs.step_wait
+    with throughput.timed(ppo_rnd_atari, [], waiting=False):
+        assert ppo_rnd_atari.update is not before[0] and ppo_rnd_atari.AtariEnvs.step_wait is not before[1]
+    assert (ppo_rnd_atari.update, ppo_rnd_atari.AtariEnvs.step_wait) == before
 
 
 @pytest.mark.parametrize("flags", [["--iterations", "1"], ["--out", "no/such/folder.json"], ["--env-id", "Nope-v5"]])
