@@ -9,6 +9,8 @@ two (t-SNE), coloured by room; the numbers beside it are taken in all 512:
 - room purity: the share of a state's 10 nearest neighbours that are in its own room (chance: of any other state);
 - spread in rooms: the mean distance of two states of one room, divided by the mean distance of any two states. It is
   free of the features' scale; small means tight islands, 1 means that rooms are not told apart.
+
+Beside them stands each run's mean intrinsic reward in each room: rooms that the run has not seen should pay more.
 """
 
 import argparse
@@ -72,12 +74,14 @@ def collect_states(
 
 
 @torch.no_grad()
-def target_features(module: ModuleType, learner: Any, args: Any, states: np.ndarray) -> np.ndarray:
-    """The target's features (states, 512) float32, of frames normalised as the run does it."""
-    device = next(learner.target.parameters()).device
-    chunks = torch.from_numpy(states).split(256)
-    inputs = (module.novelty_input(chunk.to(device), learner.obs_stats, args.norm_obs) for chunk in chunks)
-    return torch.cat([learner.target(x).cpu() for x in inputs]).numpy()
+def look(module: ModuleType, learner: Any, args: Any, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The target's features (states, 512) and the intrinsic rewards (states,) float32, normalised as the run does."""
+    device, features, rewards = next(learner.target.parameters()).device, [], []
+    for chunk in torch.from_numpy(states).split(256):
+        x = module.novelty_input(chunk.to(device), learner.obs_stats, args.norm_obs)
+        features.append(learner.target(x))
+        rewards.append(module.novelty(features[-1], learner.predictor(x), args.int_reward_scale))
+    return torch.cat(features).cpu().numpy(), torch.cat(rewards).cpu().numpy()
 
 
 def room_numbers(features: np.ndarray, rooms: np.ndarray) -> dict[str, float]:
@@ -132,7 +136,13 @@ def markdown(game: str, numbers: dict[str, dict], rooms: np.ndarray) -> str:
         "|---|---|---|---|",
     ]
     for label, values in numbers.items():
-        lines.append(f"| {label} | " + " | ".join(f"{value:.3f}" for value in values.values()) + " |")
+        columns = ["room_purity", "room_purity_by_chance", "spread_in_rooms"]
+        lines.append(f"| {label} | " + " | ".join(f"{values[column]:.3f}" for column in columns) + " |")
+    names = [f"room {room} ({(rooms == room).sum():,})" for room in np.unique(rooms)]
+    lines += ["", f"| mean intrinsic reward (states) | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for label, values in numbers.items():
+        rewards = [f"{reward:.5f}" for reward in values["intrinsic_reward"].values()]
+        lines.append(f"| {label} | {' | '.join(rewards)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -192,8 +202,9 @@ def main(argv: list[str] | None = None) -> None:
         step = state["counters"]["iteration"] * args.num_envs * args.num_steps
         label = f"{state['script']}, seed {args.seed}, {step:,} steps"
         label += f" ({run})" * (label in points)
-        features = target_features(module, learners[run], args, states)
-        numbers[label] = room_numbers(features, rooms)
+        features, rewards = look(module, learners[run], args, states)
+        by_room = {int(room): float(rewards[rooms == room].mean()) for room in np.unique(rooms)}
+        numbers[label] = room_numbers(features, rooms) | {"intrinsic_reward": by_room}
         perplexity = min(30, (len(states) - 1) / 3)
         points[label] = TSNE(random_state=options.seed, perplexity=perplexity).fit_transform(features)
     text = markdown(game, numbers, rooms)

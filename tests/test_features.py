@@ -34,6 +34,9 @@ def test_two_runs_see_the_same_states(runs: dict[str, Path], tmp_path: Path, cap
     assert image.imread(tmp_path / "out.png").std() > 0.01
     assert (tmp_path / "out.svg").stat().st_size > 1000
     assert "| ppo_snd_atari, seed 1, 512 steps |" in (tmp_path / "out.md").read_text()
+    rooms = [set(run["intrinsic_reward"]) for run in (rnd, snd)]
+    assert rooms[0] == rooms[1] and len(rooms[0]) > 1
+    assert all(0 < reward <= 1 for run in (rnd, snd) for reward in run["intrinsic_reward"].values())
     assert "spread in rooms" in capsys.readouterr().out
 
 
@@ -47,6 +50,19 @@ def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
         rng.random(1)
         envs.step(rng.integers(envs.num_actions, size=1).astype(np.int32))
     envs.close()
+
+
+def test_look_against_plain_arithmetic(runs: dict[str, Path]):
+    """Features and rewards of real frames, RND's normalisation and reward written out."""
+    module, args, state = features.load_run(runs["rnd"])
+    learner = features.load_learner(module, args, state, 18, runs["rnd"] / "checkpoint.pt", torch.device("cpu"))
+    states, _ = features.collect_states(module, learner, features.replace(args, num_envs=2), 20, 3, 1.0, seed=1)
+    seen, rewards = features.look(module, learner, args, states)
+    x = torch.from_numpy(states[:, -1:] / np.float32(256)) - learner.obs_stats.mean.float()
+    with torch.no_grad():
+        target, predictor = learner.target(x).double().numpy(), learner.predictor(x).double().numpy()
+    np.testing.assert_allclose(seen, target, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rewards, np.clip(((target - predictor) ** 2).sum(axis=1) / 2, 0, 1), rtol=1e-4)
 
 
 def test_numbers_of_known_features():
