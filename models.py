@@ -32,6 +32,7 @@ class FirstConv(nn.Conv2d):
         return self.over_cells(x) if x.is_cuda else super().forward(x)
 
     def over_cells(self, x: Tensor) -> Tensor:
+        """The same by way of the cells."""
         stride, padding = self.stride[0], self.padding[0]
         x, missing = F.pad(x, [padding] * 4), -self.kernel_size[0] % stride
         weight = F.pad(self.weight, (0, missing, 0, missing))
@@ -129,7 +130,7 @@ class CoarseGradient(torch.autograd.Function):
     """A convolution or linear layer in float32 whose gradients are computed in bfloat16.
 
     For processors that multiply bfloat16 several times as fast. Features, and so rewards and losses, stay exact; the
-    gradients are off by 0.3 % of their norm, at random, which is nothing beside the noise of a minibatch.
+    gradients are off by 0.1 to 0.3 % of their norm.
     """
 
     @staticmethod
@@ -159,7 +160,8 @@ class NoveltyNet(nn.Sequential):
         self.coarse_gradients = coarse_gradients and torch.cpu._is_avx512_bf16_supported()
 
     def forward(self, x: Tensor) -> Tensor:
-        # Written out also because torch.compile passes over a forward that is torch's own.
+        """(batch, frames, 96, 96) -> (batch, features)."""
+        # Written out for the choice of gradients, and because torch.compile passes over a forward that is torch's own.
         coarse = self.coarse_gradients and x.device.type == "cpu" and torch.is_grad_enabled()
         for layer in self:
             has_weights = isinstance(layer, nn.Conv2d | nn.Linear)

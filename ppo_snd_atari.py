@@ -68,7 +68,7 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     compile: bool = False
-    """compile the networks with torch.compile: about a minute at the start, then on a GPU a faster update"""
+    """compile the networks with torch.compile: half a minute at the start, then on a GPU a faster update"""
     bf16: bool = True
     """let fast hardware run the policy in bfloat16, and the novelty networks in TF32 or with bfloat16 gradients"""
     track: bool = False
@@ -515,6 +515,7 @@ class Learner:
         for module in vars(self).values():
             module.to(device, memory_format=torch.channels_last)
             if args.compile and any(True for _ in module.parameters()):
+                torch._dynamo.config.recompile_limit = 32  # the novelty networks share one forward, and so one count
                 module.compile(dynamic=False)  # the few batch shapes never change
         # fused: one kernel for all parameters instead of several for each. capturable: `graphed` may record it.
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
@@ -527,7 +528,7 @@ class Learner:
 class Rollout:
     """T = num_steps rows of N = num_envs environments; row t's action was chosen on obs[t] and led to obs[t + 1]."""
 
-    obs: Tensor  # (T + 1, N, 4, 96, 96) uint8
+    obs: Tensor  # (T + 1, N, 4, 96, 96) uint8, the buffer that the next rollout overwrites
     actions: Tensor  # (T, N) int64
     logprobs: Tensor  # (T, N) float32
     values: Tensor  # (T + 1, N, value heads) float32
@@ -541,9 +542,10 @@ class Rollout:
 def autocast(args: Args, device: torch.device) -> torch.autocast:
     """bfloat16 for the policy, where the hardware multiplies it fast; the novelty networks never run under this.
 
-    Measured with benchmark/precision.py: before the first update the policy's probability ratios are within 0.12 % of
-    the clip range of 1 (model C, H100; on a CPU 0.005 %). At an RND reward of 1e-3, though, bfloat16 would be wrong by
-    half of it (H100 63 %, CPU 40 %), TF32 by 0.6 %, so the novelty networks run in TF32 on a GPU, in float32 on a CPU.
+    Measured with benchmark/precision.py on an H100 (model C): before the first update the policy's probability ratios
+    are within 0.12 % of the clip range of 1, those of a policy sharpened to half the largest entropy within 2 %. At an
+    RND reward of 1e-3, though, bfloat16 would be wrong by half of it (H100 63 %, CPU 40 %), TF32 by 0.6 %, so the
+    novelty networks run in TF32 on a GPU, in float32 on a CPU.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -700,17 +702,19 @@ def explained_variance(rollout: Rollout, advantages: Tensor, returns: Tensor, ar
 # ---- Rollout and update ----------------------------------------------------------------------------------------------
 
 
-LOSSES = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "distillation"]
-LOSSES += ["contrastive"]
+POLICY_LOSSES = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"]
+NOVELTY_LOSSES = ["distillation", "contrastive"]
 NUM_PAIRS = 64  # pairs of states in each step of the contrastive loss
 
 
 def graphed(function: Callable) -> Callable:
     """On a GPU, record the kernels of `function(learner, args, *tensors)` and replay them: one launch for thousands.
 
-    A recording works in fixed memory: the tensors are copied there, and what it returns lasts until the next call. Each
-    new combination of shapes is run once as it is, which lets the libraries set themselves up, and then recorded. On a
-    CPU this is the function itself.
+    A new combination of arguments and shapes is run once as it is, which lets the libraries set themselves up, and then
+    recorded. A recording works in fixed memory: the tensors are copied there, and what it returns lasts until the next
+    call. Python runs only those two times, so what changes from call to call must be among `tensors`, or be changed in
+    place; nothing inside may wait for the device; and of recordings that run at the same time only one may draw random
+    numbers. To debug, take the decorator away. On a CPU this is the function itself.
     """
     recordings = weakref.WeakKeyDictionary()
 
@@ -718,16 +722,17 @@ def graphed(function: Callable) -> Callable:
     def replay(learner: Learner, args: Args, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         if tensors[0].device.type == "cpu":
             return function(learner, args, *tensors)
-        known, shapes = recordings.setdefault(learner, {}), tuple(x.shape for x in tensors)
-        if shapes not in known:
-            known[shapes] = None
+        known = recordings.setdefault(learner, {})
+        key = (*vars(args).values(), *((x.shape, x.dtype) for x in tensors))
+        if key not in known:
+            known[key] = None
             return function(learner, args, *tensors)
-        if known[shapes] is None:
+        if known[key] is None:
             graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
             # Recordings that replay at the same time must not share cuBLAS's workspace, which belongs to a stream.
             with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-                known[shapes] = graph, inputs, function(learner, args, *inputs)
-        graph, inputs, outputs = known[shapes]
+                known[key] = graph, inputs, function(learner, args, *inputs)
+        graph, inputs, outputs = known[key]
         for memory, x in zip(inputs, tensors, strict=True):
             memory.copy_(x)
         graph.replay()
@@ -740,7 +745,7 @@ def graphed(function: Callable) -> Callable:
 def in_background(*tensors: Tensor) -> Iterator[None]:
     """On a GPU, queue what is inside behind all that was queued so far, on its default stream; `main` uses another.
 
-    `tensors` are those read inside: their memory is not used anew before that. On a CPU everything runs at once.
+    `tensors` are those that are read inside: their memory is not reused before that. On a CPU nothing is queued.
     """
     if tensors[0].device.type == "cpu":
         yield
@@ -867,18 +872,18 @@ def update(learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tens
     device = rollout.obs.device
     batch = [rollout.obs[:-1], rollout.actions, rollout.logprobs, advantages, returns, rollout.valid]
     batch = [x.flatten(0, 1) for x in batch]
-    policy_losses = torch.zeros(5, device=device)
+    policy_losses = torch.zeros(len(POLICY_LOSSES), device=device)
     for _ in range(args.update_epochs):
         policy_losses += policy_epoch(learner, args, shuffled_inds(args, device), *batch) / args.update_epochs
 
     obs, valid = rollout.obs[:-1, :, -1:].flatten(0, 1), rollout.valid.flatten()
     obs = obs if device.type == "cpu" else obs.clone()  # which the next rollout overwrites
     with in_background(obs, valid, rollout.valid_inds):
-        novelty_losses = torch.zeros(len(LOSSES) - 5, device=device)
+        novelty_losses = torch.zeros(len(NOVELTY_LOSSES), device=device)
         for _ in range(args.update_epochs):
             inds, pairs = shuffled_inds(args, device), draw_pairs(rollout.valid_inds, args.num_minibatches, NUM_PAIRS)
             novelty_losses += novelty_epoch(learner, args, inds, *pairs, obs, valid) / args.update_epochs
-    return dict(zip(LOSSES, [*policy_losses, *novelty_losses], strict=True))
+    return dict(zip(POLICY_LOSSES + NOVELTY_LOSSES, [*policy_losses, *novelty_losses], strict=True))
 
 
 # ---- Book-keeping ----------------------------------------------------------------------------------------------------
@@ -1079,7 +1084,7 @@ def catch_stop_signals() -> list[int]:
 class Log:
     """TensorBoard events of a run; a full disk costs log lines, not the run.
 
-    It keeps one step back, for numbers of it may still be on their way from the GPU.
+    A step is written one iteration late, or at `flush`, for its numbers may still be on their way from the GPU.
     """
 
     def __init__(self, run_dir: Path, args: Args, step: int):
@@ -1243,7 +1248,7 @@ def main() -> None:
         if envs.rooms is not None:
             scalars["charts/explored_rooms"] = len(envs.rooms)
         log.write(scalars, step)
-        int_reward = scalars["charts/intrinsic_reward"].item()  # waits for the policy's update, not for the background
+        int_reward = scalars["charts/intrinsic_reward"].item()  # does not wait for the background
         progress.show(step, scores, envs.rooms, int_reward, iteration == num_iterations)
         counters = {"iteration": iteration, "rooms": sorted(envs.rooms or ()), "scores": list(scores)}
         stopping = bool(stop)  # looked at once: a signal after this line is seen in the next iteration
@@ -1257,5 +1262,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:  # CUDA graphs and cuBLAS run out of memory under names of their own
+        if not re.search("out of memory|ALLOC_FAILED", f"{error} {error.__context__}"):
+            raise
         fail("out of GPU memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)

@@ -4,6 +4,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from conftest import BACKENDS, GAMES, Recorder, make_args
 
 START_ROOMS = {"MontezumaRevenge": 1, "Pitfall": 196, "PrivateEye": 0, "Venture": 8, "Solaris": 21}
@@ -237,3 +238,24 @@ def test_unknown_games(script: ModuleType, game: str, capsys: pytest.CaptureFixt
     assert error.value.code == 2 and game in message and "NoFrameskip-v4" in message
     if game != "CartPole-v1":
         assert ("Breakout" if "Breakout" in game else "MontezumaRevenge") + "NoFrameskip-v4" in message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_groups_of_a_gpu_play_the_same_games(snd: ModuleType, backend: str, num_envs: int, short_episodes: int) -> None:
+    """Games that play in two groups, as on a GPU, are those that play in one, over the ends of many episodes."""
+    args = make_args(snd, env_id="MontezumaRevenge-v5", env_backend=backend, num_envs=num_envs)
+    one, two = snd.AtariEnvs(args, 5), snd.AtariEnvs(args, 5, torch.device("cuda"))
+    assert [len(envs.groups) for envs in (one, two)] == [1, min(2, num_envs)]
+    rng = np.random.default_rng(0)
+    for _ in range(3 * short_episodes):
+        actions = rng.integers(18, size=num_envs, dtype=np.int32)
+        for expected, seen in zip(one.step(actions), two.step(actions), strict=True):
+            np.testing.assert_array_equal(seen, expected)
+        for name in ("next_obs", "next_done", "ram", "scores", "steps"):
+            np.testing.assert_array_equal(getattr(two, name), getattr(one, name))
+    assert len(one.returns) >= 2 * num_envs
+    assert sorted(two.returns) == sorted(one.returns) and sorted(two.lengths) == sorted(one.lengths)
+    assert two.rooms == one.rooms
+    one.close()
+    two.close()

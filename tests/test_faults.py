@@ -253,13 +253,22 @@ def test_lone_row_is_not_taken_for_a_fault(folder: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("script_name", SCRIPTS)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["allocator", "graph", "cublas"],
+)
 def test_out_of_gpu_memory(
-    script_name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    error: Exception, script_name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """One line with the flags that lower it."""
 
     def raises(*_: object, **__: object) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(torch.Tensor, "backward", raises)
     monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script_name}.py"), *flags(1)])

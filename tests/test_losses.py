@@ -377,7 +377,7 @@ def test_update_trains_every_network(script: ModuleType) -> None:
     learner, before = make_learner(script, args), make_learner(script, args)
     inputs, _ = reward_and_estimate(script, learner, rollout, args)
     losses = script.update(learner, rollout, *inputs, args)
-    assert list(losses) == script.LOSSES and all(np.isfinite(list(losses.values())))
+    assert list(losses) == script.POLICY_LOSSES + script.NOVELTY_LOSSES and all(np.isfinite(list(losses.values())))
     for name in ("agent", "target", "predictor", "encoder"):
         if hasattr(learner, name):
             pairs = zip(getattr(learner, name).parameters(), getattr(before, name).parameters(), strict=True)
