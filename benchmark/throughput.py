@@ -6,7 +6,7 @@
 The script's own `main` runs, in a temporary folder, with clocks around the functions that it calls; nothing of its
 loop is repeated here. Before and after it, as many environments are stepped, all at once, with random actions and
 nothing else: the emulators' own speed. Every figure is a median over iterations, the first of which is left out. On a
-GPU `main` runs twice: once as it is, for the training rate, and once waiting for the GPU after each part, for the parts.
+GPU `main` runs twice: once as it is, for the training rate, and once waiting for it after each part, for the parts.
 """
 
 import contextlib
