@@ -335,7 +335,8 @@ class SlurmRun:
         """Stop the run with a checkpoint; what is returned runs when the job starts again."""
         if self.process is not None:
             self.process.terminate()
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            with contextlib.suppress(ChildProcessError):  # it had ended by itself, which terminate() took note of
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(SlurmRun(self.run))
 
 

@@ -405,6 +405,17 @@ def test_preempted_job_resumes(tmp_path: Path, way: str) -> None:
     assert_whole_curve(run_dir, iterations)
 
 
+def test_warning_after_the_end_of_a_run() -> None:
+    """A run that ends just before submitit asks for its checkpoint is put back into the queue like any other."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    from run import Run, SlurmRun
+
+    job = SlurmRun(Run("m/Pitfall/seed_1", ["true"]))
+    job.process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, job.process.pid, os.WEXITED | os.WNOWAIT)
+    assert job.checkpoint().function.run == job.run
+
+
 @pytest.mark.usefixtures("slurm")
 def test_failed_job_is_reported(tmp_path: Path) -> None:
     """Of an array of two jobs one fails: exit status 1 and the last line of its log."""
