@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from conftest import ENTROPY, ROOT, SCRIPTS, SND
@@ -335,7 +336,9 @@ def test_nothing_piles_up(script: ModuleType, folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(script.Log, "write", measure)
     assert call_main(script, flags(30, "--checkpoint-interval", "5")) == 0
     memory, files, threads = zip(*used[9:], strict=True)
-    assert max(memory) - memory[0] < 10e6
+    # A leak rises in every iteration; the heap of a process that ran other tests may still take a step or two.
+    rises = np.diff(np.maximum.accumulate(memory))
+    assert (rises > 100e3).sum() <= 4, rises
     assert len(set(files)) == len(set(threads)) == 1
     bytes_per_iteration = (log_sizes[-1] - log_sizes[0]) / 29
     defaults = script.Args()
