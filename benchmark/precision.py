@@ -139,11 +139,13 @@ def policy_figures(script: ModuleType, learner: object, args: object, device: to
             sharpen(learner.agent, obs[:-1].flatten(0, 1), math.log(envs.num_actions) / 2)
         for played in (True, False):
             args.bf16 = played
-            rollout = script.collect_rollout(envs, learner, obs, args)
+            with gpu_tf32(played):  # as `main` sets it for --bf16 and --no-bf16
+                rollout = script.collect_rollout(envs, learner, obs, args)
             with torch.no_grad():
                 entropy = mean_entropy(learner.agent(obs[:-1].flatten(0, 1))[0])
             for args.bf16 in (True, False) if played else (False,):
-                errors = ratio_errors(script, learner, rollout, args) / args.clip_coef
+                with gpu_tf32(args.bf16):
+                    errors = ratio_errors(script, learner, rollout, args) / args.clip_coef
                 names = ["bfloat16" if bf16 else "float32" for bf16 in (played, args.bf16)]
                 row = {"policy": "sharpened" if sharpened else "trained", "entropy": entropy}
                 row |= {"rollout": names[0], "update": names[1], "rows": len(errors)}
