@@ -25,6 +25,7 @@ import gc
 import importlib.util
 import itertools
 import math
+import mmap
 import multiprocessing
 import os
 import random
@@ -455,7 +456,10 @@ def rooms_of(game: str, ram: np.ndarray, last_ram: np.ndarray, first: np.ndarray
 # ---- Statistics ------------------------------------------------------------------------------------------------------
 
 
-CHUNK = 1024  # rows handled at once where no gradient is needed; 2048 take 0.2 GiB more in the default run
+def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of tensors with equally many rows, for what needs no gradient: small on a CPU, which saves memory."""
+    rows = 256 if tensors[0].device.type == "cpu" else 2048
+    return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
 class RunningMeanStd(nn.Module):
@@ -513,7 +517,7 @@ def init_obs_stats(obs_stats: RunningMeanStd, args: Args, seed: int) -> None:
 
 def update_obs_stats(obs_stats: RunningMeanStd, obs: Tensor, valid_inds: Tensor) -> None:
     """Add the newest frames of the rows `valid_inds` of obs (rows, 4, 96, 96) uint8."""
-    for inds in valid_inds.split(CHUNK):
+    for (inds,) in in_chunks(valid_inds):
         obs_stats.update(obs[inds, -1:].float() / 256)
 
 
@@ -576,12 +580,12 @@ def autocast(args: Args, device: torch.device) -> torch.autocast:
 
 def novelty_input(obs: Tensor, obs_stats: RunningMeanStd, norm_obs: str) -> Tensor:
     """The newest frame of obs (batch, 4, 96, 96) uint8, normalised: (batch, 1, 96, 96) float32."""
-    x = obs[:, -1:].float() / 256
+    x = obs[:, -1:].float().div_(256)
     if norm_obs != "none":
-        x = x - obs_stats.mean.float()
+        x.sub_(obs_stats.mean.float())
     if norm_obs == "mean-std":
         # A pixel that never changed has std 0. Our choice: divide by no less than one grey level.
-        x = (x / obs_stats.var.sqrt().float().clamp(min=1 / 256)).clamp(-1, 1)
+        x.div_(obs_stats.var.sqrt().float().clamp(min=1 / 256)).clamp_(-1, 1)
     return x
 
 
@@ -633,7 +637,7 @@ def intrinsic_rewards(learner: Learner, rollout: Rollout, args: Args) -> Tensor:
     """Novelty (T, N) of every row's *next* observation, 0 on reset rows."""
     next_obs = rollout.obs[1:].flatten(0, 1)
     rewards = torch.empty(len(next_obs), device=next_obs.device)
-    for chunk, chunk_rewards in zip(next_obs.split(CHUNK), rewards.split(CHUNK), strict=True):
+    for chunk, chunk_rewards in in_chunks(next_obs, rewards):
         x = novelty_input(chunk, learner.obs_stats, args.norm_obs)
         chunk_rewards.copy_(novelty(learner.target(x), learner.predictor(x), args.int_reward_scale))
     rewards = rewards.view_as(rollout.valid) * rollout.valid
@@ -681,9 +685,7 @@ def state_entropy_rewards(
     `buffer` is None at the start of a run, when the first observations fill it.
     """
     features = torch.empty(*rollout.obs.shape[:2], 256, device=rollout.obs.device)
-    for chunk, chunk_features in zip(
-        rollout.obs.flatten(0, 1).split(CHUNK), features.flatten(0, 1).split(CHUNK), strict=True
-    ):
+    for chunk, chunk_features in in_chunks(rollout.obs.flatten(0, 1), features.flatten(0, 1)):
         chunk_features.copy_(learner.encoder(chunk.float() / 256))
     buffer = buffer or FeatureBuffer(args.entropy_buffer_size, features[0])
     # Row t leads to the first observation of an episode where it is a reset row.
@@ -881,6 +883,11 @@ def shuffled_inds(args: Args, device: torch.device) -> Tensor:
     return torch.randperm(args.num_steps * args.num_envs, device=device).view(args.num_minibatches, -1)
 
 
+def take(obs: Tensor, inds: Tensor) -> Tensor:
+    """obs[inds] of obs (rows, ..., 96, 96) uint8, copied eight pixels at a time."""
+    return obs.view(torch.int64)[inds].view(torch.uint8)
+
+
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
     """One gradient step on a scalar loss, the gradient's norm clipped if `max_grad_norm` is given."""
     optimizer.zero_grad()
@@ -901,7 +908,7 @@ def policy_epoch(learner: Learner, args: Args, inds: Tensor, obs: Tensor, *batch
     losses = []
     for mb_inds in inds:
         with autocast(args, obs.device):
-            logits, values = learner.agent(obs[mb_inds])
+            logits, values = learner.agent(take(obs, mb_inds))
         loss, stats = ppo_loss(logits, values, *(x[mb_inds] for x in batch), trained_values, args)
         descend(learner.optimizer, loss, args.max_grad_norm)
         losses.append(stats)
@@ -920,15 +927,15 @@ def novelty_epoch(
     update_proportion = args.update_proportion or min(1, 32 / args.num_envs)
     losses = []
     for mb_inds, mb_pair_inds, mb_labels in zip(inds, pair_inds, labels, strict=True):
-        pairs = novelty_input(obs[mb_pair_inds], learner.obs_stats, args.norm_obs)
+        pairs = novelty_input(take(obs, mb_pair_inds), learner.obs_stats, args.norm_obs)
         contrastive = contrastive_loss(learner.target(augment(pairs)), mb_labels)
         descend(learner.target_optimizer, contrastive)
 
-        states = augment(obs[mb_pair_inds].float() / 256)
+        states = augment(take(obs, mb_pair_inds).float() / 256)
         contrastive_entropy = contrastive_loss(learner.encoder(states), mb_labels)
         descend(learner.encoder_optimizer, contrastive_entropy)
 
-        x = novelty_input(obs[mb_inds], learner.obs_stats, args.norm_obs)
+        x = novelty_input(take(obs, mb_inds), learner.obs_stats, args.norm_obs)
         with torch.no_grad():
             target_features = learner.target(x)
         distillation = distillation_loss(learner.predictor(x), target_features, valid[mb_inds], update_proportion)
@@ -962,7 +969,7 @@ def update(learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tens
 
 # ---- Book-keeping ----------------------------------------------------------------------------------------------------
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 def warn(message: str) -> None:
@@ -1117,14 +1124,21 @@ def parse_args() -> tuple[Args, Path, dict | None, TextIO]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks instead of returning each to the system.
+    """Let glibc keep large freed blocks instead of returning each to the system, and have them in huge pages.
 
     On a CPU every activation of every minibatch would otherwise be mapped and zeroed anew (see benchmark/README.md).
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back below 2 GiB
+    if not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back below 2 GiB
+    size, libc.malloc.restype = 2**31 - 2**26, ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(size))  # which only names the addresses that the next blocks will have
+    if block:
+        start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), mmap.MADV_HUGEPAGE)
+        libc.free(ctypes.c_void_p(block))
 
 
 def check_finite(numbers: dict[str, float], step: int, run_dir: Path) -> None:

@@ -30,7 +30,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from throughput import Script, check_out, fail, run_main
 from torch import Tensor
@@ -166,14 +165,10 @@ def round_to_tf32(x: Tensor) -> Tensor:
 
 def emulated_tf32(net: nn.Sequential, x: Tensor) -> Tensor:
     """net(x) with the inputs and weights of every convolution and linear layer in TF32, the sums in float32."""
-    for layer in net:
-        if isinstance(layer, nn.Conv2d):
-            weight = round_to_tf32(layer.weight)
-            x = F.conv2d(round_to_tf32(x), weight, layer.bias, layer.stride, layer.padding)
-        elif isinstance(layer, nn.Linear):
-            x = F.linear(round_to_tf32(x), round_to_tf32(layer.weight), layer.bias)
-        else:
-            x = layer(x)
+    for layer in copy.deepcopy(net):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.weight.data, x = round_to_tf32(layer.weight.data), round_to_tf32(x)
+        x = layer(x)
     return x
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import make_args, make_learner
 from torch import Tensor
 
-from models import ActorCritic, EntropyEncoder, FirstConv, NoveltyNet, Predictor, SelfAttention, Target, conv
+from models import ActorCritic, EntropyEncoder, FirstConv, NoveltyNet, Predictor, SelfAttention, Target, cells, conv
 
 ACTIONS = 18
 # Weights and biases of every layer, worked out from the table by hand: trunk and features, actor, critic's
@@ -125,7 +125,7 @@ def trunk_reference(agent: ActorCritic, model: str, obs: Tensor) -> Tensor:
         x = F.relu(F.conv2d(x, layer.weight, layer.bias, stride, padding))
     for block in (block for block in agent.trunk if isinstance(block, SelfAttention)):
         x = attention_reference(block, x)
-    x = x.reshape(len(x), -1)
+    x = x.movedim(1, -1).reshape(len(x), -1)
     for layer in plain[len(convs) :]:
         x = F.relu(x @ layer.weight.T + layer.bias)
     return x
@@ -164,7 +164,7 @@ def test_novelty_networks(network: type[nn.Module]) -> None:
     result = expected = x
     for layer, (stride, padding) in zip(layers(net)[:3], [(4, 2), (2, 1), (1, 1)], strict=True):
         expected = F.elu(F.conv2d(expected, layer.weight, layer.bias, stride, padding))
-    expected = expected.reshape(3, -1)
+    expected = expected.movedim(1, -1).reshape(3, -1)
     for i, layer in enumerate(layers(net)[3:]):
         expected = (F.elu(expected) if i else expected) @ layer.weight.T
     result = net(x)
@@ -182,15 +182,35 @@ def test_only_rnd_freezes_its_target(script: object) -> None:
 
 
 @pytest.mark.parametrize("geometry", [(1, 32, 8, 4), (4, 64, 8, 4), (4, 32, 3, 2), (4, 8, 8, 8)])
-def test_first_convolution_over_cells_is_the_convolution(geometry: tuple[int, ...]) -> None:
-    """What a GPU computes over cells of pixels, values and gradients, against torch's own convolution, in float64."""
+def test_first_convolution_is_a_strided_convolution(geometry: tuple[int, ...]) -> None:
+    """Over cells of pixels or not: values and gradients in float64, and uint8 frames divided by 256."""
     torch.manual_seed(0)
-    layer, x = conv(*geometry).double(), torch.randn(2, geometry[0], 96, 96, dtype=torch.float64)
+    layer, stride, padding = conv(*geometry).double(), geometry[3], {(8, 4): 2, (3, 2): 1, (8, 8): 0}[geometry[2:]]
     assert isinstance(layer, FirstConv)
-    values = [nn.Conv2d.forward(layer, x), layer.over_cells(x)]
+    x = torch.randn(2, geometry[0], 96, 96, dtype=torch.float64)
+    values = [F.conv2d(x, layer.weight, layer.bias, stride, padding), layer(x)]
     torch.testing.assert_close(*values, rtol=0, atol=1e-12)
     gradients = [torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in values]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-8)
+
+    frames, layer = torch.randint(256, (2, geometry[0], 96, 96), dtype=torch.uint8), layer.float()
+    expected = F.conv2d(frames.double() / 256, layer.weight.double(), None, stride, padding)
+    torch.testing.assert_close(layer(frames).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_cells_are_the_pixels_of_a_square(size: int, dtype: torch.dtype) -> None:
+    """Against slices, for every width that a row of a cell has in memory, with and without gradients."""
+    x = torch.arange(2 * 3 * 16 * 24).view(2, 3, 16, 24).remainder(251).to(dtype)
+    for leaf in (x, x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_(dtype.is_floating_point)):
+        result = cells(leaf, size)
+        assert result.shape == (2, 3 * size**2, 16 // size, 24 // size) and result.dtype == dtype
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        for row in range(16 // size):
+            for column in range(24 // size):
+                square = x[:, :, row * size : (row + 1) * size, column * size : (column + 1) * size]
+                assert torch.equal(result[:, :, row, column], square.flatten(1))
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no fast bfloat16")
