@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     step = state["counters"]["iteration"] * args.num_envs * args.num_steps
     print(f"{name}, {state['script']}, step {step:,}, {'greedy' if options.greedy else 'sampled'} actions")
     film, episodes = [], []
-    with tqdm(total=options.episodes, unit="episode") as bar:
+    with tqdm(total=options.episodes, unit="episode", disable=None) as bar:  # None: only in a terminal
         for i in range(options.episodes):
             frames = film if i < options.film_episodes else None
             episodes.append(play(module, game, learner, args, name, options.greedy, options.max_steps, frames))

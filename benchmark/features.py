@@ -50,7 +50,7 @@ def collect_states(
     states, rooms, last_ram, first = [], [], envs.ram.copy(), np.ones(args.num_envs, bool)
     current = np.full(args.num_envs, -1)
     try:
-        with tqdm(total=num_states, unit="state") as bar:
+        with tqdm(total=num_states, unit="state", disable=None) as bar:  # None: only in a terminal
             for step in range(1, 1_000_000_000):
                 seen = module.rooms_of(envs.game, envs.ram, last_ram, first)
                 current = np.where(seen >= 0, seen, current)

@@ -333,6 +333,7 @@ class SlurmRun:
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Stop the run with a checkpoint; what is returned runs when the job starts again."""
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a second warning must not end the run while it saves
         if self.process is not None:
             self.process.terminate()
             with contextlib.suppress(ChildProcessError):  # it had ended by itself, which terminate() took note of

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -405,6 +406,15 @@ def test_preempted_job_resumes(tmp_path: Path, way: str) -> None:
     assert_whole_curve(run_dir, iterations)
 
 
+@pytest.fixture
+def user_signal() -> Iterator[None]:
+    """Puts back what this process did on SIGUSR2."""
+    before = signal.getsignal(signal.SIGUSR2)
+    yield
+    signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.mark.usefixtures("user_signal")
 def test_warning_after_the_end_of_a_run() -> None:
     """A run that ends just before submitit asks for its checkpoint is put back into the queue like any other."""
     sys.path.insert(0, str(ROOT / "benchmark"))
@@ -414,6 +424,35 @@ def test_warning_after_the_end_of_a_run() -> None:
     job.process = subprocess.Popen(["true"])
     os.waitid(os.P_PID, job.process.pid, os.WEXITED | os.WNOWAIT)
     assert job.checkpoint().function.run == job.run
+
+
+SAVES_FOR_A_SECOND = """
+import signal, sys, time
+
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # like a training script, which a second signal ends at once
+    time.sleep(1)
+    sys.exit(7)
+
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.usefixtures("user_signal")
+def test_second_warning_lets_a_run_save() -> None:
+    """SLURM may warn again while the run is still writing its checkpoint."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    from run import Run, SlurmRun
+
+    job = SlurmRun(Run("m/Pitfall/seed_1", ["true"]))
+    job.process = subprocess.Popen([sys.executable, "-c", SAVES_FOR_A_SECOND], stdout=subprocess.PIPE)
+    job.process.stdout.readline()
+    signal.signal(signal.SIGUSR2, lambda *_: job.checkpoint())
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert job.process.wait() == 7
 
 
 @pytest.mark.usefixtures("slurm")
