@@ -5,6 +5,8 @@ has already normalised. Every layer starts orthogonal with zero bias. Layers and
 of SND's author; see also Burda et al. 2018 (RND, arXiv 1810.12894) and Pecháč et al. 2023 (SND, arXiv 2302.11563).
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -23,8 +25,8 @@ def init(layer: nn.Conv2d | nn.Linear, gain: float = SQRT2) -> nn.Conv2d | nn.Li
 class FirstConv(nn.Conv2d):
     """A network's first, strided convolution, computed over cells of stride × stride pixels.
 
-    Frames have one to four channels, and matrix units want many. Cut into cells they have stride² times as many, the
-    kernel, filled up with zeros, spans few cells, and the sums stay the same.
+    Frames have one to four channels, and matrix units want many. Cut into cells they have stride² times as many; the
+    kernel, filled up with zeros, spans few cells; the sums stay the same up to rounding.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, padding: int):
@@ -52,10 +54,13 @@ class FirstConv(nn.Conv2d):
 
 
 def cells(x: Tensor, size: int) -> Tensor:
-    """(batch, channels, height, width) -> (batch, channels * size², height / size, width / size), channels last."""
+    """(batch, channels, height, width) -> (batch, channels * size², height / size, width / size), channels last.
+
+    The order of the channels is that of torch's pixel_unshuffle, which copies pixel by pixel.
+    """
     (batch, channels, height, width), pixel = x.shape, x.dtype
     if not (x.requires_grad or torch.compiler.is_compiling()):
-        # Pixels that stay neighbours move as one number, several times as fast.
+        # Pixels that stay neighbours move as one number, several times as fast; a compiler fuses the copy instead.
         wide = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
         x = x.contiguous().flatten().view(wide.get(size * x.itemsize, torch.int64))
     x = x.reshape(batch, channels, height // size, size, width // size, -1).permute(0, 2, 4, 1, 3, 5).contiguous()
@@ -70,10 +75,10 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
 
 
 class Flatten(nn.Module):
-    """(batch, channels, height, width) -> (batch, height * width * channels): the order in memory, so nothing moves."""
+    """Features in the order of channels-last memory, so that nothing moves."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See above."""
+        """(batch, channels, height, width) -> (batch, height * width * channels)."""
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
@@ -153,7 +158,7 @@ class CoarseGradients(torch.autograd.Function):
     """A chain of convolutions and linear layers with ELUs between, in float32, whose gradients are in bfloat16.
 
     For processors that multiply bfloat16 several times as fast. Features, and so rewards and losses, stay exact; the
-    gradients are off by 0.1 to 0.4 % of their norm. There is none for the input.
+    gradients are off by less than 0.4 % of their norm. There is none for the input.
     """
 
     @staticmethod
@@ -165,7 +170,8 @@ class CoarseGradients(torch.autograd.Function):
                 ctx.weighted.append(layer)
                 inputs.append(x.bfloat16())
                 kernel, bias = next(pairs)
-                x = F.linear(x, kernel, bias) if kernel.ndim == 2 else layer._conv_forward(x, kernel, bias)
+                linear = isinstance(layer, nn.Linear)
+                x = F.linear(x, kernel, bias) if linear else F.conv2d(x, kernel, bias, layer.stride, layer.padding)
             else:
                 x = layer(x)
         ctx.save_for_backward(*inputs, *(kernel.bfloat16() for kernel in parameters[::2]))
@@ -181,7 +187,9 @@ class CoarseGradients(torch.autograd.Function):
                 kernel_grad, bias_grad = grad.t() @ inputs[i], grad.sum(dim=0, dtype=torch.float32)
                 grad = grad @ kernels[i]
             else:
-                grad = grad if grad.ndim == 4 else grad.unflatten(1, (12, 12, -1)).permute(0, 3, 1, 2)
+                if grad.ndim == 2:  # undo Flatten; the maps are square
+                    side = math.isqrt(grad.shape[1] // layer.out_channels)
+                    grad = grad.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
                 geometry = layer.stride, layer.padding, layer.dilation, False, (0, 0), 1
                 grad, kernel_grad, bias_grad = torch.ops.aten.convolution_backward(
                     grad, inputs[i], kernels[i], [layer.out_channels], *geometry, (i > 0, True, True)
@@ -193,11 +201,17 @@ class CoarseGradients(torch.autograd.Function):
 
 
 class NoveltyNet(nn.Sequential):
-    """A chain of layers; with `coarse_gradients`, on a processor that is fast in bfloat16, see CoarseGradients."""
+    """A chain of layers; with `coarse_gradients`, on a processor that is fast in bfloat16, see CoarseGradients.
+
+    A chain of another form than that, say with another activation, gets ordinary gradients.
+    """
 
     def __init__(self, *layers: nn.Module, coarse_gradients: bool):
         super().__init__(*layers)
-        self.coarse_gradients = coarse_gradients and torch.cpu._is_avx512_bf16_supported()
+        chain = [type(layer) for layer in layers if not isinstance(layer, Flatten)]
+        known = {*chain[::2]} <= {FirstConv, nn.Conv2d, nn.Linear} and {*chain[1::2]} == {nn.ELU}
+        known = known and all(layer.alpha == 1 for layer in layers if isinstance(layer, nn.ELU))
+        self.coarse_gradients = coarse_gradients and known and torch.cpu._is_avx512_bf16_supported()
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, frames, 96, 96) -> (batch, features)."""
@@ -234,7 +248,7 @@ class Predictor(NoveltyNet):
 class EntropyEncoder(NoveltyNet):
     """Features of a state for the entropy stream of SND + entropy.
 
-    Input (batch, 4, 96, 96) float32, all four frames / 256; output (batch, 256).
+    Input (batch, 4, 96, 96), all four frames: float32, divided by 256, or without gradients uint8; output (batch, 256).
     """
 
     def __init__(self, coarse_gradients: bool = False):

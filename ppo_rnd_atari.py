@@ -1016,15 +1016,16 @@ def parse_args() -> tuple[Args, Path, dict | None, TextIO]:
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of returning each to the system, and have them in huge pages.
 
-    On a CPU every activation of every minibatch would otherwise be mapped and zeroed anew (see benchmark/README.md).
+    On a CPU every activation of every minibatch would otherwise be mapped and zeroed anew, page by small page. To be
+    called after the environments are made, so that no worker process inherits it.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
     libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back below 2 GiB
-    size, libc.malloc.restype = 2**31 - 2**26, ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(size))  # which only names the addresses that the next blocks will have
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+    size, libc.malloc.restype = 2**31, ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(size))  # freed at once: it extends the heap, from which all others are cut
     if block:
         start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), mmap.MADV_HUGEPAGE)
@@ -1152,7 +1153,6 @@ def main() -> None:
         say(f"{run_dir} is finished: {num_iterations * batch_size:,} steps; raise --total-timesteps", sys.stdout)
         return
     stop = catch_stop_signals()
-    keep_freed_memory()
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         say("no CUDA device found: training on the CPU", sys.stderr)
@@ -1173,6 +1173,7 @@ def main() -> None:
         envs = AtariEnvs(args, env_seed, device)
     except (EOFError, ConnectionError):
         fail("an environment process died at the start", status=1)
+    keep_freed_memory()
     learner = Learner(args, envs.num_actions, device)
     learner.obs_stats.load_state_dict(obs_stats.state_dict())
     if state:

@@ -686,7 +686,7 @@ def state_entropy_rewards(
     """
     features = torch.empty(*rollout.obs.shape[:2], 256, device=rollout.obs.device)
     for chunk, chunk_features in in_chunks(rollout.obs.flatten(0, 1), features.flatten(0, 1)):
-        chunk_features.copy_(learner.encoder(chunk.float() / 256))
+        chunk_features.copy_(learner.encoder(chunk))
     buffer = buffer or FeatureBuffer(args.entropy_buffer_size, features[0])
     # Row t leads to the first observation of an episode where it is a reset row.
     deviations = [buffer.push(features[t + 1], ~rollout.valid[t]).mean(dim=1) for t in range(args.num_steps)]
@@ -927,15 +927,16 @@ def novelty_epoch(
     update_proportion = args.update_proportion or min(1, 32 / args.num_envs)
     losses = []
     for mb_inds, mb_pair_inds, mb_labels in zip(inds, pair_inds, labels, strict=True):
-        pairs = novelty_input(take(obs, mb_pair_inds), learner.obs_stats, args.norm_obs)
+        frames = take(obs, mb_pair_inds)
+        pairs = novelty_input(frames, learner.obs_stats, args.norm_obs)
         contrastive = contrastive_loss(learner.target(augment(pairs)), mb_labels)
         descend(learner.target_optimizer, contrastive)
 
-        states = augment(take(obs, mb_pair_inds).float() / 256)
+        states = augment(frames.float() / 256)
         contrastive_entropy = contrastive_loss(learner.encoder(states), mb_labels)
         descend(learner.encoder_optimizer, contrastive_entropy)
 
-        x = novelty_input(take(obs, mb_inds), learner.obs_stats, args.norm_obs)
+        x = novelty_input(take(obs[:, -1:], mb_inds), learner.obs_stats, args.norm_obs)
         with torch.no_grad():
             target_features = learner.target(x)
         distillation = distillation_loss(learner.predictor(x), target_features, valid[mb_inds], update_proportion)
@@ -1126,15 +1127,16 @@ def parse_args() -> tuple[Args, Path, dict | None, TextIO]:
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of returning each to the system, and have them in huge pages.
 
-    On a CPU every activation of every minibatch would otherwise be mapped and zeroed anew (see benchmark/README.md).
+    On a CPU every activation of every minibatch would otherwise be mapped and zeroed anew, page by small page. To be
+    called after the environments are made, so that no worker process inherits it.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
     libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back below 2 GiB
-    size, libc.malloc.restype = 2**31 - 2**26, ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(size))  # which only names the addresses that the next blocks will have
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+    size, libc.malloc.restype = 2**31, ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(size))  # freed at once: it extends the heap, from which all others are cut
     if block:
         start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), mmap.MADV_HUGEPAGE)
@@ -1262,7 +1264,6 @@ def main() -> None:
         say(f"{run_dir} is finished: {num_iterations * batch_size:,} steps; raise --total-timesteps", sys.stdout)
         return
     stop = catch_stop_signals()
-    keep_freed_memory()
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         say("no CUDA device found: training on the CPU", sys.stderr)
@@ -1283,6 +1284,7 @@ def main() -> None:
         envs = AtariEnvs(args, env_seed, device)
     except (EOFError, ConnectionError):
         fail("an environment process died at the start", status=1)
+    keep_freed_memory()
     learner = Learner(args, envs.num_actions, device)
     learner.obs_stats.load_state_dict(obs_stats.state_dict())
     if state:

@@ -11,11 +11,12 @@ import ppo_snd_atari as snd
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler")
-def test_compile_on_and_off_agree() -> None:
-    """One step of every network: the same losses, and gradients to within 1e-5, for fused sums round differently."""
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compile_on_and_off_agree(bf16: bool) -> None:
+    """One step of every network: the same losses, and gradients but for the rounding of fused sums."""
     losses, gradients = [], []
     for compile_networks in (False, True):
-        args = make_args(snd, compile=compile_networks, num_minibatches=1)
+        args = make_args(snd, compile=compile_networks, num_minibatches=1, bf16=bf16)
         torch.manual_seed(3)
         learner = snd.Learner(args, 4, torch.device("cpu"))
         rollout = random_rollout(snd, 8, 4)
@@ -26,6 +27,6 @@ def test_compile_on_and_off_agree() -> None:
         assert (counters["stats"]["unique_graphs"] >= 2) == compile_networks  # it did compile
         nets = (learner.agent, learner.target, learner.predictor)
         gradients.append([torch.cat([p.grad.flatten() for p in net.parameters()]) for net in nets])
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*losses, rtol=1e-3 if bf16 else 1e-5, atol=1e-4 if bf16 else 1e-6)
     for plain, compiled in zip(*gradients, strict=True):
-        assert plain.norm() > 0 and (compiled - plain).norm() < 1e-5 * plain.norm()
+        assert plain.norm() > 0 and (compiled - plain).norm() < (0.02 if bf16 else 1e-5) * plain.norm()

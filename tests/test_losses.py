@@ -385,6 +385,34 @@ def test_update_trains_every_network(script: ModuleType) -> None:
             assert changed == {name != "target" or script.__name__ != RND}, name
 
 
+@torch.no_grad()
+def test_take(script: ModuleType) -> None:
+    """The rows of whole stacks and of newest frames alone, as an update takes them."""
+    obs, inds = random_rollout(script, 8, 4).obs, torch.tensor([3, 31, 0, 3])
+    for rows in (obs[:-1].flatten(0, 1), obs[:-1, :, -1:].flatten(0, 1), obs[:-1].flatten(0, 1)[:, -1:]):
+        assert torch.equal(script.take(rows, inds), rows[inds])
+
+
+def test_update_keeps_frames_with_their_rows(script: ModuleType) -> None:
+    """In a shuffled minibatch the first ratios are 1, and a distillation loss is that of each frame's own features."""
+    args, rollout = make_args(script, num_minibatches=1, update_proportion=1), random_rollout(script, 8, 4)
+    learner = make_learner(script, args)
+    inputs, _ = reward_and_estimate(script, learner, rollout, args)
+    with torch.no_grad():
+        learner.agent.actor[-1].weight *= 30_000  # so that frames differ in their probabilities
+        logits = learner.agent(rollout.obs[:-1].flatten(0, 1))[0].log_softmax(dim=1)
+        rollout.logprobs = logits.gather(1, rollout.actions.flatten()[:, None]).view_as(rollout.logprobs)
+        frames = rollout.obs[:-1][rollout.valid]
+        x = script.novelty_input(frames, learner.obs_stats, args.norm_obs)
+        expected = (learner.predictor(x) - learner.target(x)).square().mean().item()
+        assert logits.std(dim=0).max() > 0.1
+    torch.manual_seed(0)
+    losses = script.update(learner, rollout, *inputs, args)
+    assert losses["approx_kl"] < 1e-6 and losses["clipfrac"] == 0
+    if script.__name__ == RND:  # SND's target has already learned when the predictor looks at it
+        assert losses["distillation"].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_update_sees_every_row_once_an_epoch(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The minibatches of an epoch are a shuffled partition of the rollout."""
     args = make_args(script, num_minibatches=4, update_epochs=3)

@@ -7,7 +7,18 @@ import torch.nn.functional as F
 from conftest import make_args, make_learner
 from torch import Tensor
 
-from models import ActorCritic, EntropyEncoder, FirstConv, NoveltyNet, Predictor, SelfAttention, Target, cells, conv
+from models import (
+    ActorCritic,
+    EntropyEncoder,
+    FirstConv,
+    Flatten,
+    NoveltyNet,
+    Predictor,
+    SelfAttention,
+    Target,
+    cells,
+    conv,
+)
 
 ACTIONS = 18
 # Weights and biases of every layer, worked out from the table by hand: trunk and features, actor, critic's
@@ -201,16 +212,12 @@ def test_first_convolution_is_a_strided_convolution(geometry: tuple[int, ...]) -
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_cells_are_the_pixels_of_a_square(size: int, dtype: torch.dtype) -> None:
-    """Against slices, for every width that a row of a cell has in memory, with and without gradients."""
+    """Against torch's own, for every width that a row of a cell has in memory, with and without gradients."""
     x = torch.arange(2 * 3 * 16 * 24).view(2, 3, 16, 24).remainder(251).to(dtype)
     for leaf in (x, x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_(dtype.is_floating_point)):
         result = cells(leaf, size)
-        assert result.shape == (2, 3 * size**2, 16 // size, 24 // size) and result.dtype == dtype
         assert result.is_contiguous(memory_format=torch.channels_last)
-        for row in range(16 // size):
-            for column in range(24 // size):
-                square = x[:, :, row * size : (row + 1) * size, column * size : (column + 1) * size]
-                assert torch.equal(result[:, :, row, column], square.flatten(1))
+        assert torch.equal(result, F.pixel_unshuffle(x, size))
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no fast bfloat16")
@@ -229,3 +236,12 @@ def test_coarse_gradients_are_close_and_the_features_exact(kind: type[NoveltyNet
     assert torch.equal(*features)
     for coarse, exact in zip(*gradients, strict=True):
         assert 0 < (coarse - exact).norm() < 0.005 * exact.norm()
+
+
+def test_other_chains_have_ordinary_gradients() -> None:
+    """Another activation, or none between two layers: what CoarseGradients does not know it is not given."""
+    first, later = conv(1, 4, 8, 8), [Flatten(), nn.Linear(4 * 144, 3)]
+    for layers in ([first, nn.ReLU(), *later], [first, *later], [first, nn.ELU(0.5), *later]):
+        assert not NoveltyNet(*layers, coarse_gradients=True).coarse_gradients
+    net = NoveltyNet(first, nn.ELU(), *later, coarse_gradients=True)
+    assert net.coarse_gradients == torch.cpu._is_avx512_bf16_supported()

@@ -450,8 +450,10 @@ def test_second_warning_lets_a_run_save() -> None:
     job.process = subprocess.Popen([sys.executable, "-c", SAVES_FOR_A_SECOND], stdout=subprocess.PIPE)
     job.process.stdout.readline()
     signal.signal(signal.SIGUSR2, lambda *_: job.checkpoint())
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+    second = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR2))
+    second.start()
     os.kill(os.getpid(), signal.SIGUSR2)
+    second.join()
     assert job.process.wait() == 7
 
 
