@@ -48,7 +48,7 @@ def collect_states(
         next(learner.agent.parameters()).device,
     )
     states, rooms, last_ram, first = [], [], envs.ram.copy(), np.ones(args.num_envs, bool)
-    current = np.full(args.num_envs, -1)
+    current, count = np.full(args.num_envs, -1), 0
     try:
         with tqdm(total=num_states, unit="state", disable=None) as bar:  # None: only in a terminal
             for step in range(1, 1_000_000_000):
@@ -58,8 +58,10 @@ def collect_states(
                     keep = current >= 0
                     states.append(envs.next_obs[keep].copy())
                     rooms.append(current[keep])
-                    bar.update(min(int(keep.sum()), num_states - bar.n))
-                if bar.n == num_states:
+                    new = min(int(keep.sum()), num_states - count)
+                    count += new
+                    bar.update(new)
+                if count == num_states:
                     break
                 actions = choose_actions(
                     module, learner, args, torch.from_numpy(envs.next_obs).to(device), greedy=False
