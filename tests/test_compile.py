@@ -13,7 +13,10 @@ import ppo_snd_atari as snd
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compile_on_and_off_agree(bf16: bool) -> None:
-    """One step of every network: the same losses, and gradients but for the rounding of fused sums."""
+    """One step of every network: the same losses, and gradients but for rounding, for fused sums round elsewhere.
+
+    Measured: 2e-6 of a gradient's norm in float32, 0.14 % in bfloat16, which rounds a number by up to 1 / 256.
+    """
     losses, gradients = [], []
     for compile_networks in (False, True):
         args = make_args(snd, compile=compile_networks, num_minibatches=1, bf16=bf16)
@@ -27,6 +30,6 @@ def test_compile_on_and_off_agree(bf16: bool) -> None:
         assert (counters["stats"]["unique_graphs"] >= 2) == compile_networks  # it did compile
         nets = (learner.agent, learner.target, learner.predictor)
         gradients.append([torch.cat([p.grad.flatten() for p in net.parameters()]) for net in nets])
-    torch.testing.assert_close(*losses, rtol=1e-3 if bf16 else 1e-5, atol=1e-4 if bf16 else 1e-6)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     for plain, compiled in zip(*gradients, strict=True):
-        assert plain.norm() > 0 and (compiled - plain).norm() < (0.02 if bf16 else 1e-5) * plain.norm()
+        assert plain.norm() > 0 and (compiled - plain).norm() < (1 / 256 if bf16 else 1e-5) * plain.norm()
