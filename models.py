@@ -46,7 +46,7 @@ class FirstConv(nn.Conv2d):
         """(batch, inputs, height, width), float or uint8 to be divided by 256 -> (batch, outputs, ...)."""
         x, kernel = self.cut(x), self.kernel()
         if x.dtype == torch.uint8:
-            # Exact in bfloat16 too: under autocast the frames never exist as float32. It is the kernel that is divided.
+            # The kernel is divided in the frames' place. Both are exact, also in bfloat16: 8 bits, a power of two.
             device = x.device.type
             x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32)
             kernel = kernel / 256
