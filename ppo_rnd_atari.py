@@ -698,8 +698,10 @@ def graphed(function: Callable) -> Callable:
             return function(learner, args, *tensors)
         if known[key] is None:
             graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
-            # Recordings that replay at the same time must not share cuBLAS's workspace, which belongs to a stream.
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            # Recordings that replay at the same time must not share cuBLAS's workspace, which belongs to a stream. The
+            # kernels keep the priority of the stream on which they are recorded.
+            stream = torch.cuda.Stream(priority=torch.cuda.current_stream().priority)
+            with torch.cuda.graph(graph, stream=stream):
                 known[key] = graph, inputs, function(learner, args, *inputs)
         graph, inputs, outputs = known[key]
         for memory, x in zip(inputs, tensors, strict=True):
@@ -776,8 +778,9 @@ def collect_rollout(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) 
 
 
 def shuffled_inds(args: Args, device: torch.device) -> Tensor:
-    """The rows of a rollout in random order, (num_minibatches, minibatch size) int64."""
-    return torch.randperm(args.num_steps * args.num_envs, device=device).view(args.num_minibatches, -1)
+    """The minibatches of all epochs, (update_epochs * num_minibatches, size) int64: in each epoch every row once."""
+    epochs = [torch.randperm(args.num_steps * args.num_envs, device=device) for _ in range(args.update_epochs)]
+    return torch.cat(epochs).view(args.update_epochs * args.num_minibatches, -1)
 
 
 def take(obs: Tensor, inds: Tensor) -> Tensor:
@@ -795,25 +798,25 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float
 
 
 @graphed
-def policy_epoch(learner: Learner, args: Args, inds: Tensor, obs: Tensor, *batch: Tensor) -> Tensor:
+def train_policy(learner: Learner, args: Args, inds: Tensor, obs: Tensor, *batch: Tensor) -> Tensor:
     """Train the policy and the values on the minibatches inds (minibatches, size); returns the mean PPO losses (5,).
 
     obs (rows, 4, 96, 96) uint8; `batch` are ppo_loss's actions, old_logprobs, advantages, returns and valid, by row.
     """
     coefs = (args.ext_coef, args.int_coef)
     trained_values = torch.stack([torch.full((), float(coef > 0), device=obs.device) for coef in coefs])
-    losses = []
+    loss_function, losses = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss, []
     for mb_inds in inds:
         with autocast(args, obs.device):
             logits, values = learner.agent(take(obs, mb_inds))
-        loss, stats = ppo_loss(logits, values, *(x[mb_inds] for x in batch), trained_values, args)
+        loss, stats = loss_function(logits, values, *(x[mb_inds] for x in batch), trained_values, args)
         descend(learner.optimizer, loss, args.max_grad_norm)
         losses.append(stats)
     return torch.stack(losses).mean(dim=0)
 
 
 @graphed
-def novelty_epoch(
+def train_novelty(
     learner: Learner, args: Args, inds: Tensor, obs: Tensor, valid: Tensor, target_features: Tensor
 ) -> Tensor:
     """Train the predictor on the minibatches inds (minibatches, size); returns the mean loss (1,).
@@ -843,18 +846,15 @@ def update(
     device = rollout.obs.device
     batch = [rollout.obs[:-1], rollout.actions, rollout.logprobs, advantages, returns, rollout.valid]
     batch = [x.flatten(0, 1) for x in batch]
-    policy_losses = torch.zeros(len(POLICY_LOSSES), device=device)
-    for _ in range(args.update_epochs):
-        policy_losses += policy_epoch(learner, args, shuffled_inds(args, device), *batch) / args.update_epochs
+    # clone: the next update overwrites what a recording has returned, and its losses are not logged before that.
+    policy_losses = train_policy(learner, args, shuffled_inds(args, device), *batch).clone()
 
     obs, valid = rollout.obs[:-1, :, -1:].flatten(0, 1), rollout.valid.flatten()
     obs = obs if device.type == "cpu" else obs.clone()  # which the next rollout overwrites
     with in_background(obs, valid, target_features):
-        novelty_losses = torch.zeros(len(NOVELTY_LOSSES), device=device)
-        for _ in range(args.update_epochs):
-            inds = shuffled_inds(args, device)
-            novelty_losses += novelty_epoch(learner, args, inds, obs, valid, target_features) / args.update_epochs
-    return dict(zip(POLICY_LOSSES + NOVELTY_LOSSES, [*policy_losses, *novelty_losses], strict=True))
+        inds = shuffled_inds(args, device)
+        novelty_losses = train_novelty(learner, args, inds, obs, valid, target_features).clone()
+        return dict(zip(POLICY_LOSSES + NOVELTY_LOSSES, [*policy_losses, *novelty_losses], strict=True))
 
 
 # ---- Book-keeping ----------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What may differ between RND and SND, and between SND and SND + entropy: the algorithm.
 DIFFERENT = {
-    (RND, SND): {"Args", "Learner", "intrinsic_rewards", "main", "novelty", "novelty_epoch", "update"},
-    (SND, ENTROPY): {"Args", "Learner", "estimate_advantages", "explained_variance", "main", "novelty_epoch"}
-    | {"policy_epoch", "update"},
+    (RND, SND): {"Args", "Learner", "intrinsic_rewards", "main", "novelty", "train_novelty", "update"},
+    (SND, ENTROPY): {"Args", "Learner", "estimate_advantages", "explained_variance", "main", "train_novelty"}
+    | {"train_policy", "update"},
 }
 # What only one of the two has.
 ADDED = {

@@ -165,6 +165,16 @@ def test_draw_pairs(snd_script: ModuleType) -> None:
         assert ((shares - 1 / 9).abs() < 5 * (8 / 81 / len(others)) ** 0.5).all()
 
 
+def test_every_epoch_trains_on_every_row_once(snd: ModuleType) -> None:
+    torch.manual_seed(0)
+    args = make_args(snd, update_epochs=3, num_steps=8, num_envs=4, num_minibatches=4)
+    inds = snd.shuffled_inds(args, torch.device("cpu"))
+    assert inds.shape == (12, 8)
+    epochs = inds.view(3, 32)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(32).expand(3, 32))
+    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+
+
 def test_update_draws_64_pairs_of_valid_rows(snd_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """One draw of 64 pairs a minibatch, never from the reset rows."""
     drawn, draw_pairs = [], snd_script.draw_pairs
@@ -178,7 +188,7 @@ def test_update_draws_64_pairs_of_valid_rows(snd_script: ModuleType, monkeypatch
     learner = make_learner(snd_script, args)
     inputs, _ = reward_and_estimate(snd_script, learner, rollout, args)
     snd_script.update(learner, rollout, *inputs, args)
-    assert len(drawn) == 2 and all(labels.shape == (args.num_minibatches, 64) for _, labels in drawn)
+    assert [labels.shape for _, labels in drawn] == [(2 * args.num_minibatches, 64)]
     assert rollout.valid.flatten()[torch.cat([rows for rows, _ in drawn])].all()
     assert not rollout.valid.all()
 

@@ -18,6 +18,7 @@ from models import (
     Target,
     cells,
     conv,
+    product,
 )
 
 ACTIONS = 18
@@ -194,15 +195,18 @@ def test_only_rnd_freezes_its_target(script: object) -> None:
 
 @pytest.mark.parametrize("geometry", [(1, 32, 8, 4), (4, 64, 8, 4), (4, 32, 3, 2), (4, 8, 8, 8)])
 def test_first_convolution_is_a_strided_convolution(geometry: tuple[int, ...]) -> None:
-    """Over cells of pixels or not: values and gradients in float64, and uint8 frames divided by 256."""
+    """Over cells of pixels, as a product, or plain: values and gradients in float64; uint8 frames divided by 256."""
     torch.manual_seed(0)
     layer, stride, padding = conv(*geometry).double(), geometry[3], {(8, 4): 2, (3, 2): 1, (8, 8): 0}[geometry[2:]]
     assert isinstance(layer, FirstConv)
     x = torch.randn(2, geometry[0], 96, 96, dtype=torch.float64)
-    values = [F.conv2d(x, layer.weight, layer.bias, stride, padding), layer(x)]
-    torch.testing.assert_close(*values, rtol=0, atol=1e-12)
-    gradients = [torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in values]
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-8)
+    expected = F.conv2d(x, layer.weight, layer.bias, stride, padding)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    for y in (layer(x), product(layer.cut(x), layer.kernel(), layer.bias)):
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+        gradients = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-10, atol=1e-8)
 
     frames, layer = torch.randint(256, (2, geometry[0], 96, 96), dtype=torch.uint8), layer.float()
     expected = F.conv2d(frames.double() / 256, layer.weight.double(), None, stride, padding)
