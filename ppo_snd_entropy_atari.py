@@ -819,21 +819,24 @@ def graphed(function: Callable) -> Callable:
 def in_background(*tensors: Tensor) -> Iterator[None]:
     """On a GPU, queue what is inside behind all that was queued so far, on its default stream; `main` uses another.
 
-    `tensors` are those that are read inside: their memory is not reused before that. On a CPU nothing is queued.
+    `tensors` are those that are used inside: their memory is not given to others before that. What is inside may train,
+    in its own precision, also beside a rollout.
     """
-    if tensors[0].device.type == "cpu":
-        yield
-        return
-    background = torch.cuda.default_stream()
-    background.wait_stream(torch.cuda.current_stream())
-    for x in tensors:
-        x.record_stream(background)
-    with torch.cuda.stream(background):
+    device, stream = tensors[0].device, contextlib.nullcontext()
+    if device.type == "cuda":
+        background = torch.cuda.default_stream()
+        background.wait_stream(torch.cuda.current_stream())
+        for x in tensors:
+            x.record_stream(background)
+        stream = torch.cuda.stream(background)
+    with stream, torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
-def wait_for_background(device: torch.device) -> None:
-    """Let what is queued from here on begin after what is in the background."""
+def finish(training: Iterator[None] | None, device: torch.device) -> None:
+    """Train to the end, and let what is queued from here on begin after what is in the background."""
+    for _ in training or ():
+        pass
     if device.type == "cuda":
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
 
@@ -852,10 +855,13 @@ def act(learner: Learner, args: Args, obs: Tensor, noise: Tensor) -> tuple[Tenso
 
 
 @torch.no_grad()
-def collect_rollout(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) -> Rollout:
+def collect_rollout(
+    envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args, training: Iterator[None] | None = None
+) -> Rollout:
     """Play `num_steps` steps of every environment; fills obs (T + 1, N, 4, 96, 96) uint8 and returns the rollout.
 
-    One forward pass per step: the values come with the actions, and a last pass gives those to bootstrap from.
+    One forward pass per step: the values come with the actions, and a last pass gives those to bootstrap from. Whenever
+    games have begun to play, the novelty networks' `training` on the last rollout goes a minibatch on.
     """
     device, shape = obs.device, (args.num_steps, args.num_envs)
     noise = torch.empty(args.num_steps + 1, args.num_envs, envs.num_actions, device=device).exponential_()
@@ -875,6 +881,8 @@ def collect_rollout(envs: AtariEnvs, learner: Learner, obs: Tensor, args: Args) 
                     actions[t, rows], logprobs[t, rows] = new_actions, new_logprobs
                     valid[t, rows] = ~envs.next_done[rows]
                     envs.step_async(group, new_actions.to("cpu", torch.int32).numpy())
+                    if training is not None:
+                        next(training, None)
     from_host = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
     from_host = [torch.from_numpy(array).to(device) for array in from_host]
     return Rollout(obs, actions, logprobs, values, *from_host)
@@ -919,40 +927,54 @@ def train_policy(learner: Learner, args: Args, inds: Tensor, obs: Tensor, *batch
 
 
 @graphed
-def train_novelty(
-    learner: Learner, args: Args, inds: Tensor, pair_inds: Tensor, labels: Tensor, obs: Tensor, valid: Tensor
+def novelty_step(
+    learner: Learner, args: Args, pair_frames: Tensor, labels: Tensor, frames: Tensor, valid: Tensor
 ) -> Tensor:
-    """Train target, encoder and predictor; returns the mean distillation and the two mean contrastive losses (3,).
+    """Train target, encoder and predictor on one minibatch; returns distillation and the two contrastive losses (3,).
 
-    inds (minibatches, size) int64 for the predictor; pair_inds (minibatches, 2 * NUM_PAIRS) and labels (minibatches,
-    NUM_PAIRS) for target and encoder; obs (rows, 4, 96, 96) uint8; valid (rows,) bool.
+    pair_frames (2 * NUM_PAIRS, 4, 96, 96) uint8 and labels (NUM_PAIRS,) for target and encoder; frames (size, 1, 96,
+    96) uint8, the newest ones, and valid (size,) bool for the predictor.
     """
+    pairs = novelty_input(pair_frames, learner.obs_stats, args.norm_obs)
+    contrastive = contrastive_loss(learner.target(augment(pairs)), labels)
+    descend(learner.target_optimizer, contrastive)
+
+    states = augment(pair_frames.float() / 256)
+    contrastive_entropy = contrastive_loss(learner.encoder(states), labels)
+    descend(learner.encoder_optimizer, contrastive_entropy)
+
     update_proportion = args.update_proportion or min(1, 32 / args.num_envs)
-    losses = []
+    x = novelty_input(frames, learner.obs_stats, args.norm_obs)
+    with torch.no_grad():
+        target_features = learner.target(x)
+    distillation = distillation_loss(learner.predictor(x), target_features, valid, update_proportion)
+    descend(learner.predictor_optimizer, distillation)
+    return torch.stack([distillation.detach(), contrastive.detach(), contrastive_entropy.detach()])
+
+
+def train_novelty(
+    learner: Learner, args: Args, losses: Tensor, inds: Tensor, obs: Tensor, valid: Tensor, valid_inds: Tensor
+) -> Iterator[None]:
+    """Train the novelty networks, at each `next` on one of the minibatches inds (minibatches, size).
+
+    The mean losses are added up in `losses`.
+    obs (rows, 4, 96, 96) uint8 and valid (rows,) bool by row; valid_inds (valid rows,) int64.
+    """
+    pair_inds, labels = draw_pairs(valid_inds, len(inds), NUM_PAIRS)
     for mb_inds, mb_pair_inds, mb_labels in zip(inds, pair_inds, labels, strict=True):
-        frames = take(obs, mb_pair_inds)
-        pairs = novelty_input(frames, learner.obs_stats, args.norm_obs)
-        contrastive = contrastive_loss(learner.target(augment(pairs)), mb_labels)
-        descend(learner.target_optimizer, contrastive)
-
-        states = augment(frames.float() / 256)
-        contrastive_entropy = contrastive_loss(learner.encoder(states), mb_labels)
-        descend(learner.encoder_optimizer, contrastive_entropy)
-
-        x = novelty_input(take(obs[:, -1:], mb_inds), learner.obs_stats, args.norm_obs)
-        with torch.no_grad():
-            target_features = learner.target(x)
-        distillation = distillation_loss(learner.predictor(x), target_features, valid[mb_inds], update_proportion)
-        descend(learner.predictor_optimizer, distillation)
-        losses.append(torch.stack([distillation.detach(), contrastive.detach(), contrastive_entropy.detach()]))
-    return torch.stack(losses).mean(dim=0)
+        with in_background(losses, inds, pair_inds, labels, obs, valid):
+            minibatch = take(obs, mb_pair_inds), mb_labels, take(obs[:, -1:], mb_inds), valid[mb_inds]
+            losses += novelty_step(learner, args, *minibatch) / len(inds)
+        yield
 
 
-def update(learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args) -> dict[str, Tensor]:
+def update(
+    learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args
+) -> tuple[dict[str, Tensor], Iterator[None]]:
     """Train on a rollout; advantages (T, N), returns (T, N, heads).
 
-    Returns the mean losses, numbers on the device; nothing here waits for it. The policy and the novelty networks share
-    nothing, so on a GPU the latter train in the background while the policy already plays the next rollout.
+    Returns the mean losses, numbers on the device, and on a GPU the training of the novelty networks, yet to be done:
+    they share nothing with the policy, which can already play the next rollout. Nothing here waits for the device.
     """
     device = rollout.obs.device
     batch = [rollout.obs[:-1], rollout.actions, rollout.logprobs, advantages, returns, rollout.valid]
@@ -960,13 +982,14 @@ def update(learner: Learner, rollout: Rollout, advantages: Tensor, returns: Tens
     # clone: the next update overwrites what a recording has returned, and its losses are not logged before that.
     policy_losses = train_policy(learner, args, shuffled_inds(args, device), *batch).clone()
 
+    novelty_losses = torch.zeros(len(NOVELTY_LOSSES), device=device)
     obs, valid = rollout.obs[:-1].flatten(0, 1), rollout.valid.flatten()
     obs = obs if device.type == "cpu" else obs.clone()  # which the next rollout overwrites
-    with in_background(obs, valid, rollout.valid_inds):
-        inds = shuffled_inds(args, device)
-        pairs = draw_pairs(rollout.valid_inds, len(inds), NUM_PAIRS)
-        novelty_losses = train_novelty(learner, args, inds, *pairs, obs, valid).clone()
-        return dict(zip(POLICY_LOSSES + NOVELTY_LOSSES, [*policy_losses, *novelty_losses], strict=True))
+    minibatches = shuffled_inds(args, device), obs, valid, rollout.valid_inds
+    training = train_novelty(learner, args, novelty_losses, *minibatches)
+    if device.type == "cpu":
+        finish(training, device)
+    return dict(zip(POLICY_LOSSES + NOVELTY_LOSSES, [*policy_losses, *novelty_losses], strict=True)), training
 
 
 # ---- Book-keeping ----------------------------------------------------------------------------------------------------
@@ -1038,7 +1061,6 @@ def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict)
 
 def try_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict, log: "Log") -> None:
     """Finish the log and write a checkpoint; where there is no room for it, say so and leave the last one."""
-    wait_for_background(learner.obs_stats.mean.device)
     log.flush(weight_norms(learner))
     try:
         save_checkpoint(run_dir, args, learner, counters)
@@ -1305,11 +1327,12 @@ def main() -> None:
     feature_buffer = None
     progress = Progress(args, counters["iteration"] * batch_size)
 
-    start = time.time()
+    start, training = time.time(), None
     for iteration in range(counters["iteration"] + 1, num_iterations + 1):
         try:
-            rollout = collect_rollout(envs, learner, obs, args)
-        except (EOFError, ConnectionError):  # what is learned is as the last iteration left it
+            rollout = collect_rollout(envs, learner, obs, args, training)
+        except (EOFError, ConnectionError):
+            finish(training, device)  # then what is learned is as the last iteration left it
             try_checkpoint(run_dir, args, learner, counters, log)
             if stop:  # a signal to the whole process group ended the emulators too
                 say(
@@ -1318,12 +1341,12 @@ def main() -> None:
                 )
                 sys.exit(128 + stop[0])
             fail(f"an environment process died; go on with: {resume_command}", status=1)
-        wait_for_background(device)  # for the novelty networks' update on the last rollout
+        finish(training, device)
         update_obs_stats(learner.obs_stats, obs[:-1].flatten(0, 1), rollout.valid_inds)
         int_rewards = intrinsic_rewards(learner, rollout, args)
         entropy_rewards, feature_buffer = state_entropy_rewards(learner, rollout, feature_buffer, args)
         advantages, returns = estimate_advantages(rollout, int_rewards, entropy_rewards, args)
-        losses = update(learner, rollout, advantages, returns, args)
+        losses, training = update(learner, rollout, advantages, returns, args)
 
         step = iteration * batch_size
         scores.extend(envs.returns)
@@ -1347,6 +1370,7 @@ def main() -> None:
         counters = {"iteration": iteration, "rooms": sorted(envs.rooms or ()), "scores": list(scores)}
         stopping = bool(stop)  # looked at once: a signal after this line is seen in the next iteration
         if iteration % args.checkpoint_interval == 0 or iteration == num_iterations or stopping:
+            finish(training, device)
             try_checkpoint(run_dir, args, learner, counters, log)
         if stopping:
             say(f"\nstopped at step {step:,}; go on with: {resume_command}", sys.stdout)

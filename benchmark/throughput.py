@@ -137,9 +137,23 @@ def timed(script: ModuleType, calls: list[Call], waiting: bool) -> Iterator[None
                 # Stepping the emulators is work of the host alone; waiting for the GPU there would measure something
                 # else, and end any overlap of the two.
                 wait = torch.cuda.synchronize if waiting and "AtariEnvs" not in name else lambda: None
-                clocked = with_clock(name, getattr(owner, attribute), calls, wait)
+                function = getattr(owner, attribute)
+                if waiting and name == "update":
+                    function = trained_at_once(script, function)
+                clocked = with_clock(name, function, calls, wait)
                 stack.enter_context(patch.object(owner, attribute, clocked))
         yield
+
+
+def trained_at_once(script: ModuleType, update: Callable) -> Callable:
+    """`update` with the novelty networks' training in it, which else goes on beside the next rollout."""
+
+    def whole_update(learner: object, *inputs: object) -> tuple:
+        losses, training = update(learner, *inputs)
+        script.finish(training, learner.obs_stats.mean.device)
+        return losses, training
+
+    return whole_update
 
 
 def with_clock(name: str, function: Callable, calls: list[Call], wait: Callable[[], None]) -> Callable:

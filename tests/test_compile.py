@@ -26,7 +26,7 @@ def test_compile_on_and_off_agree(bf16: bool) -> None:
         inputs, _ = reward_and_estimate(snd, learner, rollout, args)
         torch.manual_seed(4)
         counters.clear()
-        losses.append(torch.stack(list(snd.update(learner, rollout, *inputs, args).values())))
+        losses.append(torch.stack(list(snd.update(learner, rollout, *inputs, args)[0].values())))
         assert (counters["stats"]["unique_graphs"] >= 2) == compile_networks  # it did compile
         nets = (learner.agent, learner.target, learner.predictor)
         gradients.append([torch.cat([p.grad.flatten() for p in net.parameters()]) for net in nets])

@@ -1,5 +1,6 @@
 """The losses and rewards against independent references, and the random parts by their rates and ranges."""
 
+import importlib
 from types import ModuleType
 
 import numpy as np
@@ -163,16 +164,6 @@ def test_draw_pairs(snd_script: ModuleType) -> None:
         others = b[(a == row) & (labels == 1)]
         shares = torch.stack([(others == other).float().mean() for other in valid_inds if other != row])
         assert ((shares - 1 / 9).abs() < 5 * (8 / 81 / len(others)) ** 0.5).all()
-
-
-def test_every_epoch_trains_on_every_row_once(snd: ModuleType) -> None:
-    torch.manual_seed(0)
-    args = make_args(snd, update_epochs=3, num_steps=8, num_envs=4, num_minibatches=4)
-    inds = snd.shuffled_inds(args, torch.device("cpu"))
-    assert inds.shape == (12, 8)
-    epochs = inds.view(3, 32)
-    assert torch.equal(epochs.sort(dim=1).values, torch.arange(32).expand(3, 32))
-    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
 
 
 def test_update_draws_64_pairs_of_valid_rows(snd_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,13 +377,33 @@ def test_update_trains_every_network(script: ModuleType) -> None:
     args, rollout = make_args(script), random_rollout(script, 8, 4)
     learner, before = make_learner(script, args), make_learner(script, args)
     inputs, _ = reward_and_estimate(script, learner, rollout, args)
-    losses = script.update(learner, rollout, *inputs, args)
+    losses, _ = script.update(learner, rollout, *inputs, args)
     assert list(losses) == script.POLICY_LOSSES + script.NOVELTY_LOSSES and all(np.isfinite(list(losses.values())))
     for name in ("agent", "target", "predictor", "encoder"):
         if hasattr(learner, name):
             pairs = zip(getattr(learner, name).parameters(), getattr(before, name).parameters(), strict=True)
             changed = {not torch.equal(new, old) for new, old in pairs}
             assert changed == {name != "target" or script.__name__ != RND}, name
+
+
+def test_training_beside_a_rollout_is_training() -> None:
+    """A minibatch after each step of the games, out of sight of the rollout's precision and its want of gradients."""
+    script = importlib.import_module(RND)
+    args = make_args(script, num_minibatches=4, num_steps=6, update_proportion=1, bf16=True)
+    inds = torch.randperm(32).view(8, 4)  # two minibatches more than the rollout has steps
+    rows = torch.randint(256, (32, 1, 96, 96), dtype=torch.uint8), torch.randn(32, 512), torch.rand(32) < 0.8
+    envs, results = script.AtariEnvs(args, 1), []
+    for beside in (False, True):
+        learner, losses = make_learner(script, args), torch.zeros(1)
+        training = script.train_novelty(learner, args, losses, inds, *rows)
+        if beside:
+            script.collect_rollout(envs, learner, empty_obs(args), args, training)
+            steps = {state["step"].item() for state in learner.predictor_optimizer.state.values()}
+            assert steps == {6}
+        script.finish(training, torch.device("cpu"))
+        results.append([losses, *learner.predictor.parameters()])
+    assert results[0][0] > 0
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @torch.no_grad()
@@ -417,7 +428,7 @@ def test_update_keeps_frames_with_their_rows(script: ModuleType) -> None:
         expected = (learner.predictor(x) - learner.target(x)).square().mean().item()
         assert logits.std(dim=0).max() > 0.1
     torch.manual_seed(0)
-    losses = script.update(learner, rollout, *inputs, args)
+    losses, _ = script.update(learner, rollout, *inputs, args)
     assert losses["approx_kl"] < 1e-6 and losses["clipfrac"] == 0
     if script.__name__ == RND:  # SND's target has already learned when the predictor looks at it
         assert losses["distillation"].item() == pytest.approx(expected, rel=1e-4)
