@@ -326,7 +326,7 @@ class AtariEnvs:
     An episode's end is followed by a *reset row*: the step after it ignores its action and returns the first
     observation of the next episode. So where `next_done` is True, `next_obs` is the true final observation.
 
-    On a GPU the games form two groups, so that one plays while the network looks at the other.
+    On a GPU the games form three groups, so that two play while the network looks at the third.
 
     Attributes:
         groups: the games of each group, as slices of the N.
@@ -339,7 +339,8 @@ class AtariEnvs:
 
     def __init__(self, args: Args, seed: int, device: torch.device = CPU):
         self.game, n = game_of(args), args.num_envs
-        edges = [0, n // 2, n] if device.type == "cuda" and n > 1 else [0, n]
+        count = min(n, 3) if device.type == "cuda" else 1
+        edges = [n * i // count for i in range(count + 1)]
         self.groups = [slice(*edge) for edge in itertools.pairwise(edges)]
         self.envs = [self.make(args, seed, group) for group in self.groups]
         space = self.envs[0].action_space if args.env_backend == "envpool" else self.envs[0].single_action_space
@@ -871,7 +872,7 @@ def collect_rollout(
     terminations, dones, valid = (np.empty(shape, bool) for _ in range(3))
     with autocast(args, device):  # around the whole loop, so that on a CPU the weights are cast once
         for t in range(args.num_steps + 1):
-            for group, rows in enumerate(envs.groups):  # while the network looks at one, the other plays
+            for group, rows in enumerate(envs.groups):  # while the network looks at one, the others play
                 if t > 0:
                     results = envs.step_wait(group)
                     rewards[t - 1, rows], terminations[t - 1, rows], dones[t - 1, rows] = results
