@@ -5,8 +5,9 @@
 
 The script's own `main` runs, in a temporary folder, with clocks around the functions that it calls; nothing of its
 loop is repeated here. Before and after it, as many environments are stepped, all at once, with random actions and
-nothing else: the emulators' own speed. Every figure is a median over iterations, the first of which is left out. On a
-GPU `main` runs twice: once as it is, for the training rate, and once waiting for it after each part, for the parts.
+nothing else: the emulators' own speed. Every figure is a median over the iterations but the first; on a GPU the second,
+in which kernels are recorded, is left out too, and `main` runs twice: once as it is, for the training rate, and once
+waiting for it after each part, for the parts.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto takes the GPU if there is one"""
     iterations: int = 5
-    """iterations to run, at least 2; the first is not counted"""
+    """iterations to run, at least 2 (on a GPU 3), for the first is (the first two are) not counted"""
     out: Path | None = None
     """JSON file for the figures"""
 
@@ -220,9 +221,9 @@ def measure(options: Options) -> dict:
     peak_gpu = torch.cuda.max_memory_reserved() if on_gpu else None
     raw += raw_environment_seconds(script, args, repeats)  # again, for the speed of a shared machine drifts
 
-    iterations = iteration_parts(waiting_calls or calls)[1:]
+    iterations = iteration_parts(waiting_calls or calls)[1 + on_gpu :]
     log_times = [end for name, _, end in calls if name == "Log.write"]
-    training = statistics.median(end - start for start, end in itertools.pairwise(log_times))
+    training = statistics.median(end - start for start, end in itertools.pairwise(log_times[on_gpu:]))
     seconds = {part: statistics.median(parts[part] for parts in iterations) for part in iterations[0]}
     rollout = statistics.median(parts["environment"] + parts["inference"] for parts in iterations)
     raw_rate, training_rate = batch_size / statistics.median(raw), batch_size / training
@@ -279,10 +280,10 @@ def table(figures: dict) -> str:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__.splitlines()[0])
-    if options.iterations < 2:
-        fail(f"--iterations {options.iterations}: must be at least 2, for the first is not counted")
     if options.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: there is no CUDA device")
+    if options.iterations < 2 + (options.device != "cpu" and torch.cuda.is_available()):
+        fail(f"--iterations {options.iterations}: must be at least 2, on a GPU 3, for the first are not counted")
     check_out(options.out)
     figures = measure(options)
     print(table(figures))
