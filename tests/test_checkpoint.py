@@ -64,15 +64,15 @@ def test_resume_equals_an_uninterrupted_run(run: tuple, tmp_path: Path, monkeypa
     script, folder = run
     collect_rollout, iteration = script.collect_rollout, 0
 
-    def collect(envs: object, learner: object, obs: torch.Tensor, args: object) -> object:
+    def collect(envs: object, *inputs: object) -> object:
         nonlocal iteration
         iteration += 1
         if iteration == 3:
-            seed = int(np.random.SeedSequence([args.seed, 2]).generate_state(1)[0] >> 2)
-            fresh = script.AtariEnvs(args, seed)
+            seed = int(np.random.SeedSequence([inputs[2].seed, 2]).generate_state(1)[0] >> 2)
+            fresh = script.AtariEnvs(inputs[2], seed)
             fresh.rooms |= envs.rooms
             vars(envs).update(vars(fresh))
-        return collect_rollout(envs, learner, obs, args)
+        return collect_rollout(envs, *inputs)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "collect_rollout", collect)

@@ -212,7 +212,7 @@ def poison(script: ModuleType, quantity: str, patch: pytest.MonkeyPatch) -> None
         if quantity == "weights/predictor":
             next(given[0].predictor.parameters()).data[0] = torch.nan
         elif quantity == "losses/value_loss":
-            result["value_loss"] = float("inf")
+            result[0]["value_loss"] = float("inf")
         else:
             (result[0] if isinstance(result, tuple) else result)[0, 0] = torch.nan
         return result
