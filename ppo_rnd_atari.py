@@ -762,7 +762,10 @@ def collect_rollout(
     games have begun to play, the novelty networks' `training` on the last rollout goes a minibatch on.
     """
     device, shape = obs.device, (args.num_steps, args.num_envs)
-    noise = torch.empty(args.num_steps + 1, args.num_envs, envs.num_actions, device=device).exponential_()
+    # Its own generator: how far `training` has drawn from the common one depends on when checkpoints are written.
+    generator = torch.Generator(device).manual_seed(random.getrandbits(63))
+    noise = torch.empty(args.num_steps + 1, args.num_envs, envs.num_actions, device=device)
+    noise.exponential_(generator=generator)
     actions, logprobs = torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device)
     values = torch.empty(args.num_steps + 1, args.num_envs, learner.agent.values.out_features, device=device)
     rewards = np.empty(shape, np.float32)
@@ -842,7 +845,9 @@ def train_novelty(
 ) -> Iterator[None]:
     """Train the novelty networks, at each `next` on one of the minibatches inds (minibatches, size).
 
-    The mean losses are added up in `losses`.
+    Adds the mean losses to `losses` (len(NOVELTY_LOSSES),), zeros at the start. All minibatches in one recording would
+    fill the GPU's launch queue, and the host, which keeps the games going, would wait.
+
     obs (rows, 1, 96, 96) uint8, the newest frames, target_features (rows, 512) and valid (rows,) bool by row.
     """
     for mb_inds in inds:
@@ -857,13 +862,14 @@ def update(
 ) -> tuple[dict[str, Tensor], Iterator[None]]:
     """Train on a rollout; advantages (T, N), returns (T, N, heads), target_features (T * N, 512).
 
-    Returns the mean losses, numbers on the device, and on a GPU the training of the novelty networks, yet to be done:
-    they share nothing with the policy, which can already play the next rollout. Nothing here waits for the device.
+    Returns the mean losses, numbers on the device, and the novelty networks' training: done on a CPU; on a GPU yet to
+    be done, and its losses 0 until then. Those networks share nothing with the policy, which can already play the next
+    rollout. Nothing here waits for the device.
     """
     device = rollout.obs.device
     batch = [rollout.obs[:-1], rollout.actions, rollout.logprobs, advantages, returns, rollout.valid]
     batch = [x.flatten(0, 1) for x in batch]
-    # clone: the next update overwrites what a recording has returned, and its losses are not logged before that.
+    # clone: these losses are logged only after the next update, which overwrites what a recording has returned.
     policy_losses = train_policy(learner, args, shuffled_inds(args, device), *batch).clone()
 
     novelty_losses = torch.zeros(len(NOVELTY_LOSSES), device=device)

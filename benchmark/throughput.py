@@ -7,7 +7,8 @@ The script's own `main` runs, in a temporary folder, with clocks around the func
 loop is repeated here. Before and after it, as many environments are stepped, all at once, with random actions and
 nothing else: the emulators' own speed. Every figure is a median over the iterations but the first; on a GPU the second,
 in which kernels are recorded, is left out too, and `main` runs twice: once as it is, for the training rate, and once
-waiting for it after each part, for the parts.
+waiting for it after each part, for the parts. In the latter the novelty networks learn in the update, else beside the
+next rollout.
 """
 
 import contextlib
@@ -200,10 +201,15 @@ def raw_environment_seconds(script: ModuleType, args: object, repeats: int) -> l
     return seconds[1:]
 
 
+def uses_gpu(options: Options) -> bool:
+    """Whether `--device` and the machine put the training on a GPU."""
+    return options.device != "cpu" and torch.cuda.is_available()
+
+
 def measure(options: Options) -> dict:
     """Everything that the table shows, as plain numbers: seconds, steps per second, bytes."""
     script = importlib.import_module(options.script)
-    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    on_gpu = uses_gpu(options)
     batch_size = options.num_envs * options.num_steps
     values = {name: getattr(options, name) for name in SCRIPT_FIELDS}
     values |= {"cuda": on_gpu, "total_timesteps": options.iterations * batch_size, "norm_init_steps": NORM_INIT_STEPS}
@@ -282,7 +288,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__.splitlines()[0])
     if options.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: there is no CUDA device")
-    if options.iterations < 2 + (options.device != "cpu" and torch.cuda.is_available()):
+    if options.iterations < 2 + uses_gpu(options):
         fail(f"--iterations {options.iterations}: must be at least 2, on a GPU 3, for the first are not counted")
     check_out(options.out)
     figures = measure(options)

@@ -7,7 +7,7 @@ import pickle
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -89,6 +89,36 @@ def test_resume_equals_an_uninterrupted_run(run: tuple, tmp_path: Path, monkeypa
     assert curves[0] == curves[1]
     assert len({value for _, value in curves[0]["losses/distillation"]}) == 4
     assert_whole_curve(folder / "runs/run", 4)
+
+
+def test_training_beside_the_next_rollout_changes_no_number(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where it is only finished before rewards and checkpoints; here 12 minibatches for 8 steps."""
+    update, train_novelty, finish = script.update, script.train_novelty, script.finish
+
+    def unfinished(*given: object) -> tuple:
+        monkeypatch.setattr(script, "finish", lambda *_: None)
+        result = update(*given)
+        monkeypatch.setattr(script, "finish", finish)
+        return result
+
+    def on_copies(learner: object, args: object, losses: torch.Tensor, *rows: torch.Tensor) -> Iterator[None]:
+        return train_novelty(learner, args, losses, *(x.clone() for x in rows))
+
+    results = []
+    for beside in (False, True):
+        (tmp_path / str(beside)).mkdir()
+        monkeypatch.chdir(tmp_path / str(beside))
+        if beside:
+            monkeypatch.setattr(script, "update", unfinished)
+            monkeypatch.setattr(script, "train_novelty", on_copies)
+        minibatches = ["--num-minibatches", "4", "--update-epochs", "3", "--checkpoint-interval", "2", "--bf16"]
+        assert call_main(script, flags(4, "--norm-int-reward", *minibatches)) == 0
+        results.append((read_checkpoint(Path("runs/run")), read_scalars(Path("runs/run"))))
+        del results[-1][1]["charts/SPS"]
+    assert_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
 
 
 def test_checkpoint_is_complete(run: tuple) -> None:

@@ -243,7 +243,7 @@ def test_unknown_games(script: ModuleType, game: str, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_envs", [2, 4])
 def test_groups_of_a_gpu_play_the_same_games(snd: ModuleType, backend: str, num_envs: int, short_episodes: int) -> None:
-    """Games that play in up to three groups, as on a GPU, are those that play in one, over the ends of many episodes."""
+    """Games in up to three groups, as on a GPU, are those that play in one, over the ends of many episodes."""
     args = make_args(snd, env_id="MontezumaRevenge-v5", env_backend=backend, num_envs=num_envs)
     one, groups = snd.AtariEnvs(args, 5), snd.AtariEnvs(args, 5, torch.device("cuda"))
     assert [len(envs.groups) for envs in (one, groups)] == [1, min(3, num_envs)]
