@@ -819,12 +819,22 @@ def collect_rollout(
                 if t < args.num_steps:
                     actions[t, rows], logprobs[t, rows] = new_actions, new_logprobs
                     valid[t, rows] = ~envs.next_done[rows]
-                    envs.step_async(group, new_actions.to("cpu", torch.int32).numpy())
+                    next_actions = new_actions.to("cpu", torch.int32).numpy()
+                    if device.type == "cpu":
+                        end_idle_threads()
+                    envs.step_async(group, next_actions)
                     if training is not None:
                         next(training, None)
     from_host = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
     from_host = [torch.from_numpy(array).to(device) for array in from_host]
     return Rollout(obs, actions, logprobs, values, *from_host)
+
+
+def end_idle_threads() -> None:
+    """End OpenMP's threads: they wait actively, on processors that the emulators need, and new ones start quickly."""
+    openmp = ctypes.CDLL(None)
+    if hasattr(openmp, "omp_pause_resource_all"):
+        openmp.omp_pause_resource_all(1)  # omp_pause_soft
 
 
 def shuffled_inds(args: Args, device: torch.device) -> Tensor:

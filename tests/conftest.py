@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -136,6 +137,7 @@ def train(script: ModuleType, args: object, iterations: int) -> object:
     learner = make_learner(script, args, envs.num_actions)
     script.init_obs_stats(learner.obs_stats, args, args.seed)
     obs, buffer = empty_obs(args), None
+    random.seed(args.seed)
     torch.manual_seed(args.seed)
     for _ in range(iterations):
         rollout = script.collect_rollout(envs, learner, obs, args)

@@ -1,6 +1,8 @@
 """The losses and rewards against independent references, and the random parts by their rates and ranges."""
 
 import importlib
+import os
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -384,6 +386,19 @@ def test_update_trains_every_network(script: ModuleType) -> None:
             pairs = zip(getattr(learner, name).parameters(), getattr(before, name).parameters(), strict=True)
             changed = {not torch.equal(new, old) for new, old in pairs}
             assert changed == {name != "target" or script.__name__ != RND}, name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
+def test_idle_threads_end(snd: ModuleType) -> None:
+    """And with new ones the same comes out."""
+    before, x = torch.get_num_threads(), torch.randn(600, 600)
+    torch.set_num_threads(3)
+    product = x @ x
+    busy = len(os.listdir("/proc/self/task"))
+    snd.end_idle_threads()
+    assert len(os.listdir("/proc/self/task")) == busy - 2
+    assert torch.equal(x @ x, product)
+    torch.set_num_threads(before)
 
 
 def test_training_beside_a_rollout_is_training() -> None:
