@@ -396,7 +396,7 @@ def test_idle_threads_end(snd: ModuleType) -> None:
     product = x @ x
     busy = len(os.listdir("/proc/self/task"))
     snd.end_idle_threads()
-    assert len(os.listdir("/proc/self/task")) == busy - 2
+    assert len(os.listdir("/proc/self/task")) <= busy - 2
     assert torch.equal(x @ x, product)
     torch.set_num_threads(before)
 
