@@ -1,5 +1,6 @@
 """Advantages against a slow reference, what reset rows may not do, and rollouts of the real emulators."""
 
+import random
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -197,6 +198,7 @@ def played(request: pytest.FixtureRequest) -> SimpleNamespace:
         passes = []
         learner.agent.register_forward_hook(lambda *_: passes.append(1))
         rollouts, counts, outputs = [], [], []
+        random.seed(0)
         for _ in range(2):
             rollout = snd.collect_rollout(record.envs, learner, obs, args)
             counts.append(len(passes))
@@ -254,7 +256,7 @@ def test_actions_follow_the_policy(snd: ModuleType) -> None:
     with torch.no_grad():
         learner.agent.actor[-1].weight.zero_()
         learner.agent.actor[-1].bias.copy_(probabilities.log())
-    torch.manual_seed(0)
+    random.seed(0)
     rollout = snd.collect_rollout(envs, learner, empty_obs(args), args)
     shares = rollout.actions.flatten().bincount(minlength=4) / 800
     assert ((shares - probabilities).abs() < 4 * (probabilities * (1 - probabilities) / 800).sqrt()).all()

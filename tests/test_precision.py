@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def real_rollout(args: object, learner: object) -> tuple[object, Tensor]:
     """A rollout of Breakout by the learner, and its frame buffer."""
     envs = SCRIPT.AtariEnvs(args, 1)
     obs = torch.zeros(args.num_steps + 1, args.num_envs, 4, 96, 96, dtype=torch.uint8)
+    random.seed(1)
     rollout = SCRIPT.collect_rollout(envs, learner, obs, args)
     envs.close()
     return rollout, obs
