@@ -764,7 +764,7 @@ def collect_rollout(
     games have begun to play, the novelty networks' `training` on the last rollout goes a minibatch on.
     """
     device, shape = obs.device, (args.num_steps, args.num_envs)
-    # Its own generator: how far `training` has drawn from the common one depends on when checkpoints are written.
+    # Its own generator, from Python's: how far `training` has drawn from torch's depends on when checkpoints are made.
     generator = torch.Generator(device).manual_seed(random.getrandbits(63))
     noise = torch.empty(args.num_steps + 1, args.num_envs, envs.num_actions, device=device)
     noise.exponential_(generator=generator)
@@ -829,7 +829,8 @@ def train_policy(learner: Learner, args: Args, inds: Tensor, obs: Tensor, *batch
     """
     coefs = (args.ext_coef, args.int_coef)
     trained_values = torch.stack([torch.full((), float(coef > 0), device=obs.device) for coef in coefs])
-    loss_function, losses = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss, []
+    loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
+    losses = []
     for mb_inds in inds:
         with autocast(args, obs.device):
             logits, values = learner.agent(take(obs, mb_inds))

@@ -45,7 +45,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto takes the GPU if there is one"""
     iterations: int = 5
-    """iterations to run, at least 2 (on a GPU 3), for the first is (the first two are) not counted"""
+    """iterations to run, at least 2, on a GPU 3: the first, there the first two, are not counted"""
     out: Path | None = None
     """JSON file for the figures"""
 
