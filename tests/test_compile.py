@@ -27,7 +27,8 @@ def test_compile_on_and_off_agree(bf16: bool) -> None:
         torch.manual_seed(4)
         counters.clear()
         losses.append(torch.stack(list(snd.update(learner, rollout, *inputs, args)[0].values())))
-        assert (counters["stats"]["unique_graphs"] >= 2) == compile_networks  # it did compile
+        # It did compile, the loss too; the novelty networks' forward passes for bfloat16 gradients are not compiled.
+        assert (counters["stats"]["unique_graphs"] >= (3 if bf16 else 4)) == compile_networks
         nets = (learner.agent, learner.target, learner.predictor)
         gradients.append([torch.cat([p.grad.flatten() for p in net.parameters()]) for net in nets])
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)

@@ -393,12 +393,14 @@ def test_idle_threads_end(snd: ModuleType) -> None:
     """And with new ones the same comes out."""
     before, x = torch.get_num_threads(), torch.randn(600, 600)
     torch.set_num_threads(3)
-    product = x @ x
-    busy = len(os.listdir("/proc/self/task"))
-    snd.end_idle_threads()
-    assert len(os.listdir("/proc/self/task")) <= busy - 2
-    assert torch.equal(x @ x, product)
-    torch.set_num_threads(before)
+    try:
+        product = x @ x
+        busy = len(os.listdir("/proc/self/task"))
+        snd.end_idle_threads()
+        assert len(os.listdir("/proc/self/task")) <= busy - 2
+        assert torch.equal(x @ x, product)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_training_beside_a_rollout_is_training() -> None:
