@@ -912,7 +912,7 @@ def shuffled_inds(args: Args, device: torch.device) -> Tensor:
 
 def take(obs: Tensor, inds: Tensor) -> Tensor:
     """obs[inds] of obs (rows, ..., 96, 96) uint8, copied eight pixels at a time."""
-    return obs.view(torch.int64)[inds].view(torch.uint8)
+    return obs.view(torch.int64).index_select(0, inds).view(torch.uint8)
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
