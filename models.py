@@ -33,22 +33,23 @@ class FirstConv(nn.Conv2d):
         super().__init__(inputs, outputs, kernel)  # whose own stride of 1 and padding of 0 are those over cells
         self.cell, self.border = stride, padding
 
-    def cut(self, x: Tensor) -> Tensor:
-        """(batch, inputs, height, width) -> (batch, inputs * stride², cells down, cells across)."""
-        return cells(x, self.cell, self.border, self.border)
+    def cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, inputs, height, width), float or uint8 to be divided by 256, and the kernel, both over cells.
 
-    def kernel(self) -> Tensor:
-        """The weight over cells, (outputs, inputs * stride², cells down, cells across)."""
-        return cells(self.weight, self.cell, 0, -self.kernel_size[0] % self.cell)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, inputs, height, width), float or uint8 to be divided by 256 -> (batch, outputs, ...)."""
-        x, kernel = self.cut(x), self.kernel()
+        -> (batch, inputs * stride², cells down, cells across), (outputs, inputs * stride², cells down, cells across)
+        """
+        x = cells(x, self.cell, self.border, self.border)
+        kernel = cells(self.weight, self.cell, 0, -self.kernel_size[0] % self.cell)
         if x.dtype == torch.uint8:
             # The kernel is divided in the frames' place. Both are exact, also in bfloat16: 8 bits, a power of two.
             device = x.device.type
             x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32)
             kernel = kernel / 256
+        return x, kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, inputs, height, width), float or uint8 to be divided by 256 -> (batch, outputs, ...)."""
+        x, kernel = self.cut(x)
         # cuDNN's deterministic gradient of a kernel over one frame takes 2.4 to 65 times as long as a product's (H200).
         multiply = product if x.is_cuda and self.in_channels == 1 else F.conv2d
         return multiply(x, kernel, self.bias)
@@ -95,6 +96,102 @@ class Flatten(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, height * width * channels)."""
         return x.permute(0, 2, 3, 1).flatten(1)
+
+
+class ELU(nn.Module):
+    """The exponential linear unit, x or e^x - 1, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.elu(x, inplace=True)
+        # torch's own takes three times as long as exp. Four passes, over pieces that stay in the processor's cache.
+        for piece in x.split(max(1, 2**18 // x[0].numel())):
+            torch.maximum(piece, piece.clamp(max=0).exp_().sub_(1), out=piece)
+        return x
+
+
+class CoarseGradients(torch.autograd.Function):
+    """A chain of convolutions and linear layers, an ELU or a ReLU after each, whose gradients are in bfloat16.
+
+    For processors that multiply bfloat16 several times as fast. Features in float32, and so rewards and losses, stay
+    exact; their gradients are off by less than 0.4 % of their norm. There is none for the input.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layers: list[nn.Module], *parameters: Tensor) -> Tensor:
+        """x (batch, channels, height, width) -> (batch, features); `parameters`: each layer's kernel and bias."""
+        ctx.weighted, inputs, kernels, pairs = [], [], [], zip(parameters[::2], parameters[1::2], strict=True)
+        ctx.relu = isinstance(layers[-1], nn.ReLU)
+        fused = ctx.relu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        for layer, last in zip(layers, [None, *layers], strict=False):
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                kernel, bias = (parameter.to(x.dtype) for parameter in next(pairs))
+                ctx.weighted.append(layer)
+                inputs.append(x.bfloat16())
+                kernels.append(kernel.bfloat16())
+                if isinstance(layer, nn.Linear):
+                    x = F.linear(x, kernel, bias)
+                elif fused:  # with the ReLU in one pass
+                    geometry = layer.padding, layer.stride, layer.dilation, 1
+                    x = torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *geometry, "relu", [], "")
+                else:
+                    x = F.conv2d(x, kernel, bias, layer.stride, layer.padding)
+            elif not (fused and isinstance(last, nn.Conv2d)):
+                x = layer(x)
+        ctx.save_for_backward(*inputs, *kernels, x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the parameters, float32."""
+        count, grad, grads = len(ctx.weighted), grad.bfloat16(), []
+        inputs, kernels, output = ctx.saved_tensors[:count], ctx.saved_tensors[count:-1], ctx.saved_tensors[-1]
+        if ctx.relu:
+            grad = torch.ops.aten.threshold_backward(grad, output, 0)
+        for i, layer in reversed(list(enumerate(ctx.weighted))):
+            if isinstance(layer, nn.Linear):
+                kernel_grad, bias_grad = grad.t() @ inputs[i], grad.sum(dim=0, dtype=torch.float32)
+                grad = grad @ kernels[i]
+            else:
+                if grad.ndim == 2:  # undo Flatten; the maps are square
+                    side = math.isqrt(grad.shape[1] // layer.out_channels)
+                    grad = grad.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
+                geometry = layer.stride, layer.padding, layer.dilation, False, (0, 0), 1
+                grad, kernel_grad, bias_grad = torch.ops.aten.convolution_backward(
+                    grad, inputs[i], kernels[i], [layer.out_channels], *geometry, (i > 0, True, True)
+                )
+            grads += [bias_grad.float(), kernel_grad.float()]
+            if i > 0 and ctx.relu:  # the input is what a ReLU or an ELU has returned
+                grad = torch.ops.aten.threshold_backward(grad, inputs[i], 0)
+            elif i > 0:
+                grad = torch.ops.aten.elu_backward(grad, 1, 1, 1, True, inputs[i])
+        return None, None, *reversed(grads)
+
+
+class Chain(nn.Sequential):
+    """Layers one after the other; on a CPU under autocast, or with `coarse_gradients`, see CoarseGradients.
+
+    A chain of another form than that, say with another activation, gets ordinary gradients.
+    """
+
+    def __init__(self, *layers: nn.Module, coarse_gradients: bool = False):
+        super().__init__(*layers)
+        chain = [type(layer) for layer in layers if not isinstance(layer, Flatten)]
+        known = {*chain[::2]} <= {FirstConv, nn.Conv2d, nn.Linear} and chain[0] == FirstConv
+        # The novelty networks end in a linear layer, the policy's trunk in a ReLU.
+        self.known = known and {*chain[1::2]} == ({ELU} if len(chain) % 2 else {nn.ReLU})
+        self.coarse_gradients = coarse_gradients and torch.cpu._is_avx512_bf16_supported()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, frames, 96, 96) -> (batch, features)."""
+        coarse = self.known and (self.coarse_gradients or torch.is_autocast_enabled("cpu"))
+        if coarse and x.device.type == "cpu" and torch.is_grad_enabled():
+            x, kernel = self[0].cut(x)
+            return CoarseGradients.apply(x, list(self), kernel, *list(self.parameters())[1:])
+        for layer in self:  # written out because torch.compile passes over a forward that is torch's own
+            x = layer(x)
+        return x
 
 
 class SelfAttention(nn.Module):
@@ -148,7 +245,7 @@ class ActorCritic(nn.Module):
             trunk += [init(nn.Linear(128 * 12 * 12, width)), relu]
         else:
             raise ValueError(f"model must be A, B, C or D, not {model!r}")
-        self.trunk = nn.Sequential(*trunk)
+        self.trunk = Chain(*trunk)
         self.actor = nn.Sequential(init(nn.Linear(width, width), 0.01), relu, init(nn.Linear(width, num_actions), 0.01))
         self.critic_hidden = init(nn.Linear(width, width), critic_hidden_gain)
         self.critic_residual = model == "A"
@@ -163,94 +260,13 @@ class ActorCritic(nn.Module):
             return self.actor[-1](actor.float()), self.values(critic.float())
 
 
-class ELU(nn.Module):
-    """The exponential linear unit, x or e^x - 1, in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same shape."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.elu(x, inplace=True)
-        # torch's own takes three times as long as exp. Four passes, over pieces that stay in the processor's cache.
-        for piece in x.split(max(1, 2**18 // x[0].numel())):
-            torch.maximum(piece, piece.clamp(max=0).exp_().sub_(1), out=piece)
-        return x
-
-
 def novelty_convs(frames: int) -> list[nn.Module]:
     """The three ELU convolutions of every novelty network: (batch, frames, 96, 96) -> (batch, 9216)."""
     elu = ELU()
     return [conv(frames, 32, 8, 4), elu, conv(32, 64, 3, 2), elu, conv(64, 64, 3, 1), elu, Flatten()]
 
 
-class CoarseGradients(torch.autograd.Function):
-    """A chain of convolutions and linear layers with ELUs between, in float32, whose gradients are in bfloat16.
-
-    For processors that multiply bfloat16 several times as fast. Features, and so rewards and losses, stay exact; the
-    gradients are off by less than 0.4 % of their norm. There is none for the input.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layers: list[nn.Module], *parameters: Tensor) -> Tensor:
-        """x (batch, channels, height, width) -> (batch, features); `parameters`: each layer's kernel and bias."""
-        ctx.weighted, inputs, pairs = [], [], zip(parameters[::2], parameters[1::2], strict=True)
-        for layer in layers:
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                ctx.weighted.append(layer)
-                inputs.append(x.bfloat16())
-                kernel, bias = next(pairs)
-                linear = isinstance(layer, nn.Linear)
-                x = F.linear(x, kernel, bias) if linear else F.conv2d(x, kernel, bias, layer.stride, layer.padding)
-            else:
-                x = layer(x)
-        ctx.save_for_backward(*inputs, *(kernel.bfloat16() for kernel in parameters[::2]))
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the parameters, float32."""
-        count, grad, grads = len(ctx.weighted), grad.bfloat16(), []
-        inputs, kernels = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        for i, layer in reversed(list(enumerate(ctx.weighted))):
-            if isinstance(layer, nn.Linear):
-                kernel_grad, bias_grad = grad.t() @ inputs[i], grad.sum(dim=0, dtype=torch.float32)
-                grad = grad @ kernels[i]
-            else:
-                if grad.ndim == 2:  # undo Flatten; the maps are square
-                    side = math.isqrt(grad.shape[1] // layer.out_channels)
-                    grad = grad.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
-                geometry = layer.stride, layer.padding, layer.dilation, False, (0, 0), 1
-                grad, kernel_grad, bias_grad = torch.ops.aten.convolution_backward(
-                    grad, inputs[i], kernels[i], [layer.out_channels], *geometry, (i > 0, True, True)
-                )
-            grads += [bias_grad.float(), kernel_grad.float()]
-            if i > 0:  # the input is what an ELU has returned
-                grad = torch.ops.aten.elu_backward(grad, 1, 1, 1, True, inputs[i])
-        return None, None, *reversed(grads)
-
-
-class NoveltyNet(nn.Sequential):
-    """A chain of layers; with `coarse_gradients`, on a processor that is fast in bfloat16, see CoarseGradients.
-
-    A chain of another form than that, say with another activation, gets ordinary gradients.
-    """
-
-    def __init__(self, *layers: nn.Module, coarse_gradients: bool):
-        super().__init__(*layers)
-        chain = [type(layer) for layer in layers if not isinstance(layer, Flatten)]
-        known = {*chain[::2]} <= {FirstConv, nn.Conv2d, nn.Linear} and {*chain[1::2]} == {ELU}
-        self.coarse_gradients = coarse_gradients and known and torch.cpu._is_avx512_bf16_supported()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, frames, 96, 96) -> (batch, features)."""
-        if self.coarse_gradients and x.device.type == "cpu" and torch.is_grad_enabled():
-            parameters = [self[0].kernel(), *list(self.parameters())[1:]]
-            return CoarseGradients.apply(self[0].cut(x), list(self), *parameters)
-        for layer in self:  # written out because torch.compile passes over a forward that is torch's own
-            x = layer(x)
-        return x
-
-
-class Target(NoveltyNet):
+class Target(Chain):
     """The network to imitate: frozen in RND, trained by the contrastive loss in SND.
 
     Input (batch, 1, 96, 96) float32, the newest frame, normalised; output (batch, 512).
@@ -260,7 +276,7 @@ class Target(NoveltyNet):
         super().__init__(*novelty_convs(1), init(nn.Linear(64 * 12 * 12, 512)), coarse_gradients=coarse_gradients)
 
 
-class Predictor(NoveltyNet):
+class Predictor(Chain):
     """The imitator, two layers deeper than the target.
 
     Input (batch, 1, 96, 96) float32, the newest frame, normalised; output (batch, 512).
@@ -272,7 +288,7 @@ class Predictor(NoveltyNet):
         super().__init__(*novelty_convs(1), *head, init(nn.Linear(512, 512)), coarse_gradients=coarse_gradients)
 
 
-class EntropyEncoder(NoveltyNet):
+class EntropyEncoder(Chain):
     """Features of a state for the entropy stream of SND + entropy.
 
     Input (batch, 4, 96, 96), all four frames: float32, divided by 256, or without gradients uint8; output (batch, 256).

@@ -10,10 +10,10 @@ from torch import Tensor
 from models import (
     ELU,
     ActorCritic,
+    Chain,
     EntropyEncoder,
     FirstConv,
     Flatten,
-    NoveltyNet,
     Predictor,
     SelfAttention,
     Target,
@@ -203,7 +203,7 @@ def test_first_convolution_is_a_strided_convolution(geometry: tuple[int, ...]) -
     x = torch.randn(2, geometry[0], 96, 96, dtype=torch.float64)
     expected = F.conv2d(x, layer.weight, layer.bias, stride, padding)
     expected_gradients = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
-    for y in (layer(x), product(layer.cut(x), layer.kernel(), layer.bias)):
+    for y in (layer(x), product(*layer.cut(x), layer.bias)):
         assert y.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
         gradients = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
@@ -242,7 +242,7 @@ def test_elu_is_torchs_in_place() -> None:
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no fast bfloat16")
 @pytest.mark.parametrize("kind", [Target, Predictor, EntropyEncoder])
-def test_coarse_gradients_are_close_and_the_features_exact(kind: type[NoveltyNet]) -> None:
+def test_coarse_gradients_are_close_and_the_features_exact(kind: type[Chain]) -> None:
     """Against the same layers in float32: the features up to rounding, gradients to within 0.5 % of their norm."""
     torch.manual_seed(0)
     net = kind(coarse_gradients=True)
@@ -258,10 +258,32 @@ def test_coarse_gradients_are_close_and_the_features_exact(kind: type[NoveltyNet
         assert 0 < (coarse - exact).norm() < 0.005 * exact.norm()
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no fast bfloat16")
+@pytest.mark.parametrize("model", "ABC")
+def test_a_policy_in_bfloat16_has_the_gradients_of_its_layers(model: str) -> None:
+    """Under autocast, against autograd of the same layers: the same but for bfloat16's rounding, 1/256, in both."""
+    torch.manual_seed(0)
+    trunk, obs = ActorCritic(model, 6, 2).trunk, torch.randint(256, (64, 4, 96, 96), dtype=torch.uint8)
+    assert trunk.known
+    features, gradients = [], []
+    for known in (True, False):
+        trunk.known = known
+        with torch.autocast("cpu", torch.bfloat16):
+            features.append(trunk(obs))
+        loss = (features[-1] - 0.1).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(trunk.parameters())))
+    assert ["CoarseGradients" in type(x.grad_fn).__name__ for x in features] == [True, False]
+    torch.testing.assert_close(*features, rtol=1 / 128, atol=1 / 128)
+    for coarse, plain in zip(*gradients, strict=True):
+        assert coarse.dtype == torch.float32
+        assert (coarse - plain).norm() < 0.01 * plain.norm()
+
+
 def test_other_chains_have_ordinary_gradients() -> None:
-    """Another activation, or none between two layers: what CoarseGradients does not know it is not given."""
-    first, later = conv(1, 4, 8, 8), [Flatten(), nn.Linear(4 * 144, 3)]
-    for layers in ([first, nn.ReLU(), *later], [first, *later], [first, nn.ELU(), *later]):
-        assert not NoveltyNet(*layers, coarse_gradients=True).coarse_gradients
-    net = NoveltyNet(first, ELU(), *later, coarse_gradients=True)
-    assert net.coarse_gradients == torch.cpu._is_avx512_bf16_supported()
+    """Another activation, or none between two layers or at a policy's end: CoarseGradients does not know them."""
+    first, later, relu = conv(1, 4, 8, 8), [Flatten(), nn.Linear(4 * 144, 3)], nn.ReLU()
+    for layers in ([first, relu, *later], [first, *later], [first, nn.ELU(), *later], [first, ELU()], [*later, relu]):
+        assert not Chain(*layers, coarse_gradients=True).known
+    assert not ActorCritic("D", 6, 2).trunk.known
+    assert Chain(first, ELU(), *later).known
+    assert Chain(first, relu, *later, relu).known
