@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 SQRT2 = 2**0.5  # orthogonal gain that keeps the variance through ReLU and ELU layers
 
 
@@ -34,9 +35,11 @@ class FirstConv(nn.Conv2d):
         self.cell, self.border = stride, padding
 
     def cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, inputs, height, width), float or uint8 to be divided by 256, and the kernel, both over cells.
+        """The frames and the kernel, both over cells.
 
-        -> (batch, inputs * stride², cells down, cells across), (outputs, inputs * stride², cells down, cells across)
+        x (batch, inputs, height, width), float, or uint8 that the kernel divides by 256 -> (batch, inputs * stride²,
+        cells down, cells across), float, uint8 as autocast's type or float32; (outputs, inputs * stride², cells down,
+        cells across), float32.
         """
         x = cells(x, self.cell, self.border, self.border)
         kernel = cells(self.weight, self.cell, 0, -self.kernel_size[0] % self.cell)
@@ -68,12 +71,11 @@ def product(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
 def cells(x: Tensor, size: int, before: int, after: int) -> Tensor:
     """(batch, channels, height, width) -> (batch, channels * size², cells down, cells across), channels last.
 
-    Filled up with zeros, `before` of them above and on the left, `after` below and on the right. The new channels are
-    in the order of row in the cell, channel, column in the cell.
+    Space to depth: the new channels are in the order row in the cell, channel, column in the cell. x is first filled up
+    with zeros, `before` of them above and on the left, `after` below and on the right.
     """
-    x = F.pad(
-        x.transpose(1, 2), (before, after, 0, 0, before, after)
-    )  # a row's channels side by side: fewer, longer runs
+    # A row's channels side by side: the runs that are copied below become longer and fewer.
+    x = F.pad(x.transpose(1, 2), (before, after, 0, 0, before, after))
     (batch, height, channels, width), pixel = x.shape, x.dtype
     if not (x.requires_grad or torch.compiler.is_compiling()):
         # Pixels that stay neighbours move as one number, several times as fast; a compiler fuses the copy instead.
@@ -102,8 +104,9 @@ class ELU(nn.Module):
     """The exponential linear unit, x or e^x - 1, in place."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same shape."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """(batch, ...) float -> the same."""
+        plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled()
+        if plain or torch.compiler.is_compiling():
             return F.elu(x, inplace=True)
         # torch's own takes three times as long as exp. Four passes, over pieces that stay in the processor's cache.
         for piece in x.split(max(1, 2**18 // x[0].numel())):
@@ -112,19 +115,22 @@ class ELU(nn.Module):
 
 
 class CoarseGradients(torch.autograd.Function):
-    """A chain of convolutions and linear layers, an ELU or a ReLU after each, whose gradients are in bfloat16.
+    """Convolutions and linear layers with ELUs or ReLUs between, on a CPU, whose gradients are in bfloat16.
 
-    For processors that multiply bfloat16 several times as fast. Features in float32, and so rewards and losses, stay
-    exact; their gradients are off by less than 0.4 % of their norm. There is none for the input.
+    For processors that multiply bfloat16 several times as fast. In float32 the features, and so rewards and losses,
+    stay exact; the parameters' gradients are off by less than 0.4 % of their norm. There is none for the input.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, layers: list[nn.Module], *parameters: Tensor) -> Tensor:
-        """x (batch, channels, height, width) -> (batch, features); `parameters`: each layer's kernel and bias."""
+        """x (batch, channels, height, width) float32 or bfloat16 -> (batch, features) of the same type.
+
+        `parameters` are each layer's kernel and bias, float32, the first layer's kernel over cells.
+        """
         ctx.weighted, inputs, kernels, pairs = [], [], [], zip(parameters[::2], parameters[1::2], strict=True)
-        ctx.relu = isinstance(layers[-1], nn.ReLU)
+        ctx.relu = any(isinstance(layer, nn.ReLU) for layer in layers)
         fused = ctx.relu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-        for layer, last in zip(layers, [None, *layers], strict=False):
+        for layer, previous in zip(layers, [None, *layers], strict=False):
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 kernel, bias = (parameter.to(x.dtype) for parameter in next(pairs))
                 ctx.weighted.append(layer)
@@ -137,17 +143,18 @@ class CoarseGradients(torch.autograd.Function):
                     x = torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *geometry, "relu", [], "")
                 else:
                     x = F.conv2d(x, kernel, bias, layer.stride, layer.padding)
-            elif not (fused and isinstance(last, nn.Conv2d)):
+            elif not (fused and isinstance(previous, nn.Conv2d)):
                 x = layer(x)
-        ctx.save_for_backward(*inputs, *kernels, x)
+        ctx.save_for_backward(*inputs, *kernels, x.bfloat16())
         return x
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the parameters, float32."""
         count, grad, grads = len(ctx.weighted), grad.bfloat16(), []
         inputs, kernels, output = ctx.saved_tensors[:count], ctx.saved_tensors[count:-1], ctx.saved_tensors[-1]
-        if ctx.relu:
+        if ctx.relu:  # a chain of ReLUs ends in one
             grad = torch.ops.aten.threshold_backward(grad, output, 0)
         for i, layer in reversed(list(enumerate(ctx.weighted))):
             if isinstance(layer, nn.Linear):
@@ -170,28 +177,47 @@ class CoarseGradients(torch.autograd.Function):
 
 
 class Chain(nn.Sequential):
-    """Layers one after the other; on a CPU under autocast, or with `coarse_gradients`, see CoarseGradients.
+    """Layers one after the other, on a CPU that is fast in bfloat16 trained by CoarseGradients, which skips hooks.
 
-    A chain of another form than that, say with another activation, gets ordinary gradients.
+    So is every chain under autocast, and with `coarse_gradients` also one in float32. A chain of another form than
+    those of this file, say with another activation, gets ordinary gradients.
     """
 
     def __init__(self, *layers: nn.Module, coarse_gradients: bool = False):
         super().__init__(*layers)
-        chain = [type(layer) for layer in layers if not isinstance(layer, Flatten)]
-        known = {*chain[::2]} <= {FirstConv, nn.Conv2d, nn.Linear} and chain[0] == FirstConv
-        # The novelty networks end in a linear layer, the policy's trunk in a ReLU.
-        self.known = known and {*chain[1::2]} == ({ELU} if len(chain) % 2 else {nn.ReLU})
-        self.coarse_gradients = coarse_gradients and torch.cpu._is_avx512_bf16_supported()
+        self.coarse_gradients = coarse_gradients
+
+    def known(self) -> bool:
+        """Whether CoarseGradients can do these layers."""
+        layers = [layer for layer in self if not isinstance(layer, Flatten)]
+        weighted, activations = layers[::2], {type(layer) for layer in layers[1::2]}
+        return (
+            type(weighted[0]) is FirstConv
+            # The novelty networks end in a layer with weights, the policy's trunk in a ReLU.
+            and activations == ({ELU} if len(layers) % 2 else {nn.ReLU})
+            and all(type(layer) in (FirstConv, nn.Conv2d, nn.Linear) and layer.bias is not None for layer in weighted)
+            and all(
+                (layer.groups, layer.dilation, layer.padding_mode, type(layer.padding)) == (1, (1, 1), "zeros", tuple)
+                for layer in weighted
+                if isinstance(layer, nn.Conv2d)
+            )
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, frames, 96, 96) -> (batch, features)."""
-        coarse = self.known and (self.coarse_gradients or torch.is_autocast_enabled("cpu"))
-        if coarse and x.device.type == "cpu" and torch.is_grad_enabled():
+        """(batch, frames, 96, 96) uint8 or float -> (batch, features)."""
+        fast = FAST_BFLOAT16 and (self.coarse_gradients or torch.is_autocast_enabled("cpu"))
+        if fast and x.device.type == "cpu" and torch.is_grad_enabled() and not x.requires_grad and self.known():
             x, kernel = self[0].cut(x)
             return CoarseGradients.apply(x, list(self), kernel, *list(self.parameters())[1:])
         for layer in self:  # written out because torch.compile passes over a forward that is torch's own
             x = layer(x)
         return x
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A layer, or a Chain of some of the layers (of the subclasses below torch would make a new network)."""
+        if isinstance(index, slice):
+            return Chain(*list(self)[index], coarse_gradients=self.coarse_gradients)
+        return super().__getitem__(index)
 
 
 class SelfAttention(nn.Module):

@@ -911,7 +911,7 @@ def shuffled_inds(args: Args, device: torch.device) -> Tensor:
 
 
 def take(obs: Tensor, inds: Tensor) -> Tensor:
-    """obs[inds] of obs (rows, ..., 96, 96) uint8, copied eight pixels at a time."""
+    """obs[inds] of obs (rows, ..., 96, 96) uint8 and inds (n,) int64, copied eight pixels at a time."""
     return obs.view(torch.int64).index_select(0, inds).view(torch.uint8)
 
 
