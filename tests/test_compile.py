@@ -19,6 +19,7 @@ def test_compile_on_and_off_agree(bf16: bool) -> None:
     """
     losses, gradients = [], []
     for compile_networks in (False, True):
+        torch._dynamo.reset()  # another test may have compiled the loss
         args = make_args(snd, compile=compile_networks, num_minibatches=1, bf16=bf16)
         torch.manual_seed(3)
         learner = snd.Learner(args, 4, torch.device("cpu"))
@@ -26,7 +27,6 @@ def test_compile_on_and_off_agree(bf16: bool) -> None:
         inputs, _ = reward_and_estimate(snd, learner, rollout, args)
         torch.manual_seed(4)
         counters.clear()
-        torch._dynamo.reset()  # for the loss may have been compiled by another test
         losses.append(torch.stack(list(snd.update(learner, rollout, *inputs, args)[0].values())))
         # It did compile: the policy, the loss, the target and the predictor.
         assert counters["stats"]["unique_graphs"] == (4 if compile_networks else 0)
