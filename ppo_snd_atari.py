@@ -698,7 +698,9 @@ def distillation_loss(
     predictor_features: Tensor, target_features: Tensor, valid: Tensor, update_proportion: float
 ) -> Tensor:
     """Mean squared error over a random share of the elements of features (batch, 512); reset rows are left out."""
-    keep = (torch.rand_like(target_features) < update_proportion) & valid[:, None]
+    keep = valid[:, None].expand_as(target_features)
+    if update_proportion < 1:
+        keep = keep & (torch.rand_like(target_features) < update_proportion)
     return ((predictor_features - target_features).square() * keep).sum() / keep.sum().clamp(min=1)
 
 

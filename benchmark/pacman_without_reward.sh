@@ -10,4 +10,5 @@ python benchmark/run.py --env-ids MsPacmanNoFrameskip-v4 \
     --commands \
     ppo_rnd_without_reward "python ppo_rnd_atari.py $flags" \
     ppo_snd_without_reward "python ppo_snd_atari.py $flags" \
+    ppo_snd_episodic_without_reward "python ppo_snd_atari.py $flags --int-episodic" \
     "$@"
