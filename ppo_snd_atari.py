@@ -128,6 +128,8 @@ class Args:
     """advantage coefficient of the game's reward; 0 trains without any reward of the game"""
     int_coef: float = 1.0
     """advantage coefficient of the intrinsic reward; 0 trains without it"""
+    actor_hidden_gain: float = 0.01
+    """orthogonal gain of the actor's hidden layer; with 1.414 most of its units outlive the first update"""
     critic_hidden_gain: float = 0.1
     """orthogonal gain of the critic's hidden layer; 1.414 in the variants b1, b3 and c1"""
 
@@ -172,8 +174,8 @@ BOUNDS = {"seed": (0, 2**31 - 1), "num_steps": (2, HUGE), "gae_lambda": (0, 1), 
 BOUNDS |= {"repeat_action_probability": (0, 1), "update_proportion": (TINY, 1)}
 BOUNDS |= dict.fromkeys(["learning_rate", "clip_coef", "max_grad_norm"], (TINY, HUGE))
 BOUNDS |= dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "checkpoint_interval"], (1, HUGE))
-BOUNDS |= dict.fromkeys(["ent_coef", "vf_coef", "ext_coef", "int_coef", "critic_hidden_gain"], (0, HUGE))
-BOUNDS |= dict.fromkeys(["norm_init_steps", "int_reward_scale"], (0, HUGE))
+BOUNDS |= dict.fromkeys(["ent_coef", "vf_coef", "ext_coef", "int_coef"], (0, HUGE))
+BOUNDS |= dict.fromkeys(["actor_hidden_gain", "critic_hidden_gain", "norm_init_steps", "int_reward_scale"], (0, HUGE))
 
 
 def check_args(args: Args) -> None:
@@ -517,7 +519,8 @@ class Learner:
     """Everything that learns or is learned from; every attribute has a state_dict and goes into the checkpoint."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
-        self.agent = ActorCritic(args.model, num_actions, num_values=2, critic_hidden_gain=args.critic_hidden_gain)
+        gains = {"actor_hidden_gain": args.actor_hidden_gain, "critic_hidden_gain": args.critic_hidden_gain}
+        self.agent = ActorCritic(args.model, num_actions, num_values=2, **gains)
         self.target = Target(coarse_gradients=args.bf16)
         self.predictor = Predictor(coarse_gradients=args.bf16)
         self.obs_stats = RunningMeanStd((1, 96, 96))

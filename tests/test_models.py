@@ -105,11 +105,13 @@ def test_policy_init(agents: dict[str, ActorCritic], model: str) -> None:
     assert (agent.values.bias == 0).all()
 
 
-def test_critic_hidden_gain(script: object) -> None:
-    """The flag reaches the critic's hidden layer and nothing else."""
-    learner = script.Learner(make_args(script, critic_hidden_gain=2**0.5), 4, torch.device("cpu"))
+def test_hidden_gains(script: object) -> None:
+    """Each flag reaches its own hidden layer and nothing else."""
+    gains = {"actor_hidden_gain": 1.5, "critic_hidden_gain": 2**0.5}
+    learner = script.Learner(make_args(script, **gains), 4, torch.device("cpu"))
+    check_orthogonal(learner.agent.actor[0], 1.5)
+    check_orthogonal(learner.agent.actor[2], 0.01)
     check_orthogonal(learner.agent.critic_hidden, 2**0.5)
-    check_orthogonal(learner.agent.actor[0], 0.01)
 
 
 def attention_reference(block: SelfAttention, x: Tensor) -> Tensor:

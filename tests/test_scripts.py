@@ -60,6 +60,7 @@ FLAGS = [
     "ext-coef",
     "int-coef",
     "model",
+    "actor-hidden-gain",
     "critic-hidden-gain",
     "norm-obs",
     "norm-init-steps",
@@ -251,7 +252,7 @@ BAD_INPUT = [
     ) for value in ("-0.1", "1.1", "nan")),
     *([[f"--{name}", "-1"], f"--{name}"] for name in (
         "learning-rate", "clip-coef", "ent-coef", "vf-coef", "max-grad-norm", "ext-coef", "int-coef",
-        "int-reward-scale", "critic-hidden-gain",
+        "int-reward-scale", "actor-hidden-gain", "critic-hidden-gain",
     )),
 ]  # fmt: skip
 BAD_ENTROPY_INPUT = [
