@@ -51,7 +51,7 @@ import tyro
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from models import ActorCritic, Predictor, Target
+from models import FAST_BFLOAT16, ActorCritic, Predictor, Target
 
 SCRIPT = Path(__file__).stem
 CPU = torch.device("cpu")
@@ -246,8 +246,11 @@ class AtariGame(gymnasium.Env):
         import ale_py
         import cv2
 
-        if sys.platform == "linux" and multiprocessing.parent_process():
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a worker ends with the training process
+        if multiprocessing.parent_process():  # a worker; the training process decides when it ends
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not without the training process
         cv2.setNumThreads(1)
         self.resize = partial(cv2.resize, dsize=(96, 96), interpolation=cv2.INTER_AREA)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -329,8 +332,7 @@ class AtariEnvs:
         edges = [n * i // count for i in range(count + 1)]
         self.groups = [slice(*edge) for edge in itertools.pairwise(edges)]
         self.envs = [self.make(args, seed, group) for group in self.groups]
-        space = self.envs[0].action_space if args.env_backend == "envpool" else self.envs[0].single_action_space
-        self.num_actions = int(space.n)
+        self.num_actions = int(self.envs[0].single_action_space.n)
         self.frames, infos = zip(*(envs.reset() for envs in self.envs), strict=True)
         self.frames, self.next_done = list(self.frames), np.zeros(n, bool)
         self.ram = np.concatenate([info["ram"] for info in infos])
@@ -363,16 +365,10 @@ class AtariEnvs:
         rom, sticky = rom_names("gymnasium")[self.game], args.repeat_action_probability
         indices = range(group.start, group.stop)
         games = [partial(AtariGame, rom, seed + i, sticky, args.episodic_life) for i in indices]
-        # fork: the workers share this process's memory, a spawned one would import torch again. They ignore
-        # Ctrl-C, which a terminal sends to them too: this process decides when they end.
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        gc.freeze()  # nor may a worker collect, and so destroy, objects that belong to this process's threads
+        gc.freeze()  # a worker may not collect, and so destroy, objects that belong to this process's threads
+        # fork: the workers share this process's memory, a spawned one would import torch again.
         envs = gymnasium.vector.AsyncVectorEnv(games, context="fork")
         gc.unfreeze()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         return envs
 
     def step_async(self, group: int, actions: np.ndarray) -> None:
@@ -385,15 +381,14 @@ class AtariEnvs:
         envs, rows = self.envs[group], self.groups[group]
         receive = envs.step_wait if isinstance(envs, gymnasium.vector.AsyncVectorEnv) else envs.recv
         self.frames[group], _, terminated, truncated, info = receive()
-        reset_row, last_ram = self.next_done[rows].copy(), self.ram[rows].copy()
-        self.next_done[rows], self.ram[rows] = terminated | truncated, info["ram"]
         self.scores[rows] += info["reward"]
-        self.steps[rows] += ~reset_row
+        self.steps[rows] += ~self.next_done[rows]  # a reset row is no step
         for i in rows.start + np.flatnonzero(info["terminated"].astype(bool) | truncated):
             self.returns.append(float(self.scores[i]))
             self.lengths.append(int(self.steps[i]))
             self.scores[i] = self.steps[i] = 0
-        self.count_rooms(self.ram[rows], last_ram, reset_row)
+        self.count_rooms(info["ram"], self.ram[rows], self.next_done[rows])
+        self.next_done[rows], self.ram[rows] = terminated | truncated, info["ram"]
         return info["reward"].astype(np.float32), terminated, terminated | truncated
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -496,12 +491,14 @@ class DiscountedReturns(nn.Module):
 def init_obs_stats(obs_stats: RunningMeanStd, args: Args, seed: int) -> None:
     """Start the frame statistics with `norm_init_steps` random steps of each environment."""
     envs, rng = AtariEnvs(args, seed), np.random.default_rng(seed)
-    for _ in range(args.norm_init_steps):
-        frames = torch.from_numpy(envs.next_obs[~envs.next_done, -1:])  # not the input of a reset row
-        if len(frames):
-            obs_stats.update(frames.to(obs_stats.mean.device).float() / 256)
-        envs.step(rng.integers(envs.num_actions, size=args.num_envs, dtype=np.int32))
-    envs.close()
+    try:
+        for _ in range(args.norm_init_steps):
+            frames = torch.from_numpy(envs.next_obs[~envs.next_done, -1:])  # not the input of a reset row
+            if len(frames):
+                obs_stats.update(frames.to(obs_stats.mean.device).float() / 256)
+            envs.step(rng.integers(envs.num_actions, size=args.num_envs, dtype=np.int32))
+    finally:
+        envs.close()
 
 
 def update_obs_stats(obs_stats: RunningMeanStd, obs: Tensor, valid_inds: Tensor) -> None:
@@ -525,7 +522,7 @@ class Learner:
         self.int_returns = DiscountedReturns(args.num_envs)
         for module in vars(self).values():
             module.to(device, memory_format=torch.channels_last)
-            if args.compile and any(True for _ in module.parameters()):
+            if args.compile:
                 torch._dynamo.config.recompile_limit = 32  # the novelty networks share one forward, and so one count
                 module.compile(dynamic=False)  # the few batch shapes never change
         # fused: one kernel for all parameters instead of several for each. capturable: `graphed` may record it.
@@ -557,10 +554,7 @@ def autocast(args: Args, device: torch.device) -> torch.autocast:
     RND reward of 1e-3, though, bfloat16 would be wrong by half of it (H100 63 %, CPU 40 %), TF32 by 0.6 %, so the
     novelty networks run in TF32 on a GPU, in float32 on a CPU.
     """
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else FAST_BFLOAT16
     # A CUDA graph must cast the weights each time, for it would not notice that they changed.
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and fast, cache_enabled=device.type == "cpu")
 
@@ -930,7 +924,7 @@ def open_run(run_dir: Path, new: bool) -> TextIO:
 
 def discard_run(run_dir: Path) -> None:
     """Take back the files of a run that could not start, and its folder if nothing else is in it."""
-    for path in [run_dir / "checkpoint.pt", run_dir / "lock", *run_dir.glob("events.out.tfevents.*")]:
+    for path in [run_dir / "checkpoint.pt", run_dir / "lock", *run_dir.glob(f"events.out.tfevents.*.{os.getpid()}.*")]:
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         run_dir.rmdir()
@@ -958,18 +952,19 @@ def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(run_dir, os.O_RDONLY)
-        os.fsync(folder)  # the new name itself
-        os.close(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch.save makes of a failed write
         temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(str(cause).splitlines()[0]) from error
+    folder = os.open(run_dir, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network file systems cannot do this
+        os.fsync(folder)  # the new name itself
+    os.close(folder)
 
 
 def try_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict, log: "Log") -> None:
     """Finish the log and write a checkpoint; where there is no room for it, say so and leave the last one."""
-    log.flush(weight_norms(learner))
+    log.flush(learner)
     try:
         save_checkpoint(run_dir, args, learner, counters)
     except OSError as error:
@@ -1001,7 +996,6 @@ def load_checkpoint(path: Path) -> dict:
         fail(f"{path} was written by a {SCRIPT} with other arguments")
     if type(counters["iteration"]) is not int or counters["iteration"] < 0:
         fail(f"{path} counts {counters['iteration']} iterations")
-    check_args(Args(**saved))
     return state
 
 
@@ -1044,6 +1038,7 @@ def parse_args() -> tuple[Args, Path, dict | None, TextIO]:
         return args, run_dir, None, open_run(run_dir, new=True)
     run_dir = Path(args.resume)
     saved = Args(**load_checkpoint(run_dir / "checkpoint.pt")["args"])
+    check_args(saved)
     args = tyro.cli(Args, description=summary, default=saved)
     for name, old in asdict(saved).items():
         given = getattr(args, name)
@@ -1066,19 +1061,11 @@ def keep_freed_memory() -> None:
         return
     libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
     libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
-    size, libc.malloc.restype = 2**31, ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(size))  # freed at once: it extends the heap, from which all others are cut
+    size, libc.aligned_alloc.restype = ctypes.c_size_t(2**31), ctypes.c_void_p
+    block = ctypes.c_void_p(libc.aligned_alloc(ctypes.c_size_t(mmap.PAGESIZE), size))
     if block:
-        start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), mmap.MADV_HUGEPAGE)
-        libc.free(ctypes.c_void_p(block))
-
-
-def check_finite(numbers: dict[str, float], step: int, run_dir: Path) -> None:
-    """End the run, exit status 1, at the first number that is not finite; the checkpoint on disk stays as it is."""
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            fail(f"step {step}: {name} is {value}; the last good checkpoint is kept in {run_dir}", status=1)
+        libc.madvise(block, size, mmap.MADV_HUGEPAGE)
+        libc.free(block)  # at once: it has extended the heap, from which all others are cut
 
 
 def weight_norms(learner: Learner) -> dict[str, float]:
@@ -1095,7 +1082,9 @@ def catch_stop_signals() -> list[int]:
         caught.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        say(f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops now", sys.stderr)
+        text = f"\n{signal.Signals(number).name}: stopping after this iteration; once more stops now\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # print may be at work below this handler, and cannot be entered twice
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)
@@ -1142,11 +1131,13 @@ class Log:
         self.flush()
         self.pending = scalars, step
 
-    def flush(self, weight_norms: dict[str, float] | None = None) -> None:
-        """Put the last step on the disk; exit status 1 if one of its numbers, or of `weight_norms`, is not finite."""
+    def flush(self, learner: Learner | None = None) -> None:
+        """Put the last step on the disk; exit status 1 if a number of it, or a weight of `learner`, is not finite."""
         scalars, step = {tag: float(value) for tag, value in self.pending[0].items()}, self.pending[1]
         self.pending = {}, step
-        check_finite(scalars | (weight_norms or {}), step, self.run_dir)
+        for name, value in (scalars | (weight_norms(learner) if learner else {})).items():
+            if not math.isfinite(value):
+                fail(f"step {step}: {name} is {value}; the last good checkpoint is kept in {self.run_dir}", status=1)
         older = set(self.run_dir.glob("events.out.tfevents.*")) if self.writer is None else None
         try:
             if self.writer is None:
@@ -1214,6 +1205,10 @@ def main() -> None:
             init_obs_stats(obs_stats, args, env_seed)
         envs = AtariEnvs(args, env_seed, device)
     except (EOFError, ConnectionError):
+        if state is None:
+            discard_run(run_dir)
+        if stop:
+            sys.exit(128 + stop[0])
         fail("an environment process died at the start", status=1)
     keep_freed_memory()
     learner = Learner(args, envs.num_actions, device)
@@ -1238,16 +1233,8 @@ def main() -> None:
     for iteration in range(counters["iteration"] + 1, num_iterations + 1):
         try:
             rollout = collect_rollout(envs, learner, obs, args, training)
-        except (EOFError, ConnectionError):
-            finish(training, device)  # then what is learned is as the last iteration left it
-            try_checkpoint(run_dir, args, learner, counters, log)
-            if stop:  # a signal to the whole process group ended the emulators too
-                say(
-                    f"\nstopped at step {counters['iteration'] * batch_size:,}; go on with: {resume_command}",
-                    sys.stdout,
-                )
-                sys.exit(128 + stop[0])
-            fail(f"an environment process died; go on with: {resume_command}", status=1)
+        except (EOFError, ConnectionError):  # a game's process died, perhaps of a signal to the whole process group
+            break
         finish(training, device)
         update_obs_stats(learner.obs_stats, obs[:-1].flatten(0, 1), rollout.valid_inds)
         int_rewards, target_features = intrinsic_rewards(learner, rollout, args)
@@ -1273,13 +1260,20 @@ def main() -> None:
         int_reward = scalars["charts/intrinsic_reward"].item()  # does not wait for the background
         progress.show(step, scores, envs.rooms, int_reward, iteration == num_iterations)
         counters = {"iteration": iteration, "rooms": sorted(envs.rooms or ()), "scores": list(scores)}
-        stopping = bool(stop)  # looked at once: a signal after this line is seen in the next iteration
-        if iteration % args.checkpoint_interval == 0 or iteration == num_iterations or stopping:
+        if stop or iteration == num_iterations:
+            break
+        if iteration % args.checkpoint_interval == 0:
             finish(training, device)
             try_checkpoint(run_dir, args, learner, counters, log)
-        if stopping:
-            say(f"\nstopped at step {step:,}; go on with: {resume_command}", sys.stdout)
-            sys.exit(128 + stop[0])
+
+    finish(training, device)  # what is learned is then as the last whole iteration left it
+    try_checkpoint(run_dir, args, learner, counters, log)
+    if counters["iteration"] == num_iterations:
+        return
+    if stop:
+        say(f"\nstopped at step {counters['iteration'] * batch_size:,}; go on with: {resume_command}", sys.stdout)
+        sys.exit(128 + stop[0])
+    fail(f"an environment process died; go on with: {resume_command}", status=1)
 
 
 if __name__ == "__main__":

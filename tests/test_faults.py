@@ -75,6 +75,17 @@ def test_signal_saves_and_stops(number: signal.Signals, backend: str, group: boo
     assert_whole_curve(Path("runs/run"), iteration)
 
 
+def test_signal_to_the_group_before_training(folder: Path) -> None:
+    """While the frame statistics begin: nothing is saved yet, and nothing is left behind."""
+    process = start(SND, [*flags(1, *GYMNASIUM), *ENDLESS, "--norm-init-steps", "1000000"], folder)
+    wait_until(lambda: len(workers(process.pid)) == 4, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    status, out, err = finish(process)
+    assert status == 128 + signal.SIGTERM
+    assert not out and "Traceback" not in err and "Error" not in err, err
+    assert not list(folder.glob("runs/*"))
+
+
 @pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
 def test_second_ctrl_c_leaves_at_once(backend: str, folder: Path) -> None:
     """In the middle of an iteration, and the old checkpoint stays as it is."""
@@ -160,15 +171,18 @@ def test_full_disk_at_the_start_is_refused(folder: Path, capsys: pytest.CaptureF
 
 
 def test_full_disk_at_the_start_spares_what_was_there(folder: Path) -> None:
-    """A folder that the run did not make is not the run's to remove."""
-    Path("runs/run").mkdir(parents=True)
-    Path("runs/run/notes.txt").write_text("mine")
+    """A folder that the run did not make is not the run's to remove, nor are the curves of one before it."""
+    old = [Path("runs/run/notes.txt"), Path("runs/run/events.out.tfevents.1700000000.host.123456789.0")]
+    old[0].parent.mkdir(parents=True)
+    for path in old:
+        path.write_text("mine")
     limit_files(1_000_000)
     try:
         assert call_main(importlib.import_module(SND), flags(1)) == 2
     finally:
         limit_files(-1)
-    assert Path("runs/run/notes.txt").read_text() == "mine"
+    assert sorted(Path("runs/run").iterdir()) == sorted(old)
+    assert {path.read_text() for path in old} == {"mine"}
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/..", "/tmp/x", ""])
