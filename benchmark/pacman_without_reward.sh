@@ -5,10 +5,12 @@
 cd "$(dirname "$0")/.." || exit
 
 flags='--model C --ext-coef 0 --num-envs 32 --episodic-life --repeat-action-probability 0'
+tuned='--int-episodic --actor-hidden-gain 1.414'  # measured in benchmark/RESULTS.md
 python benchmark/run.py --env-ids MsPacmanNoFrameskip-v4 \
     --num-seeds "${SEEDS:-3}" --workers "${WORKERS:-1}" --total-timesteps "${TOTAL_TIMESTEPS:-32000000}" \
     --commands \
     ppo_rnd_without_reward "python ppo_rnd_atari.py $flags" \
     ppo_snd_without_reward "python ppo_snd_atari.py $flags" \
-    ppo_snd_episodic_without_reward "python ppo_snd_atari.py $flags --int-episodic" \
+    ppo_rnd_tuned_without_reward "python ppo_rnd_atari.py $flags $tuned --norm-obs mean-std" \
+    ppo_snd_tuned_without_reward "python ppo_snd_atari.py $flags $tuned" \
     "$@"
