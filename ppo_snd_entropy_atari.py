@@ -193,8 +193,7 @@ BOUNDS |= {"entropy_buffer_size": (2, HUGE)}
 
 
 def check_args(args: Args) -> None:
-    """Refuse what cannot be trained, before anything is built; exit status 2."""
-    game_of(args)
+    """Refuse numbers that cannot be trained with, before anything is built; exit status 2."""
     for name, (least, most) in BOUNDS.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
@@ -207,6 +206,11 @@ def check_args(args: Args) -> None:
         fail(f"--total-timesteps {args.total_timesteps}: must be at least --num-envs x --num-steps = {batch_size}")
     if args.run_name is not None and not os.path.normpath(Path("runs", args.run_name)).startswith("runs/"):
         fail(f"--run-name {args.run_name!r}: must be a folder below runs/")
+
+
+def check_installed(args: Args) -> None:
+    """Refuse a game, a backend or a tracker that this machine does not have; exit status 2."""
+    game_of(args)
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights and Biases: pip install wandb")
 
@@ -265,6 +269,7 @@ class AtariGame(gymnasium.Env):
         if multiprocessing.parent_process():  # a worker; the training process decides when it ends
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
             if sys.platform == "linux":
                 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not without the training process
         cv2.setNumThreads(1)
@@ -349,7 +354,11 @@ class AtariEnvs:
         self.groups = [slice(*edge) for edge in itertools.pairwise(edges)]
         self.envs = [self.make(args, seed, group) for group in self.groups]
         self.num_actions = int(self.envs[0].single_action_space.n)
-        self.frames, infos = zip(*(envs.reset() for envs in self.envs), strict=True)
+        try:
+            self.frames, infos = zip(*(envs.reset() for envs in self.envs), strict=True)
+        except (EOFError, ConnectionError):  # a worker died
+            self.close()
+            raise
         self.frames, self.next_done = list(self.frames), np.zeros(n, bool)
         self.ram = np.concatenate([info["ram"] for info in infos])
         self.scores, self.steps = np.zeros(n), np.zeros(n, int)
@@ -383,9 +392,12 @@ class AtariEnvs:
         games = [partial(AtariGame, rom, seed + i, sticky, args.episodic_life) for i in indices]
         gc.freeze()  # a worker may not collect, and so destroy, objects that belong to this process's threads
         # fork: the workers share this process's memory, a spawned one would import torch again.
-        envs = gymnasium.vector.AsyncVectorEnv(games, context="fork")
-        gc.unfreeze()
-        return envs
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # until a worker has its own
+        try:
+            return gymnasium.vector.AsyncVectorEnv(games, context="fork")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            gc.unfreeze()
 
     def step_async(self, group: int, actions: np.ndarray) -> None:
         """Start a step of a group's games with actions (size of the group,) int32."""
@@ -1113,6 +1125,7 @@ def load_checkpoint(path: Path) -> dict:
         fail(f"{path} was written by a {SCRIPT} with other arguments")
     if type(counters["iteration"]) is not int or counters["iteration"] < 0:
         fail(f"{path} counts {counters['iteration']} iterations")
+    check_args(Args(**saved))
     return state
 
 
@@ -1150,12 +1163,13 @@ def parse_args() -> tuple[Args, Path, dict | None, TextIO]:
     args = tyro.cli(Args, description=summary)
     if args.resume is None:
         check_args(args)
+        check_installed(args)
         args.run_name = args.run_name or f"{game_of(args)}__{SCRIPT}__{args.seed}__{int(time.time())}"
         run_dir = Path("runs", args.run_name)
         return args, run_dir, None, open_run(run_dir, new=True)
     run_dir = Path(args.resume)
     saved = Args(**load_checkpoint(run_dir / "checkpoint.pt")["args"])
-    check_args(saved)
+    check_installed(saved)
     args = tyro.cli(Args, description=summary, default=saved)
     for name, old in asdict(saved).items():
         given = getattr(args, name)
@@ -1386,6 +1400,7 @@ def main() -> None:
             finish(training, device)
             try_checkpoint(run_dir, args, learner, counters, log)
 
+    envs.close()
     finish(training, device)  # what is learned is then as the last whole iteration left it
     try_checkpoint(run_dir, args, learner, counters, log)
     if counters["iteration"] == num_iterations:

@@ -222,7 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     output = options.output or options.run / "enjoy"
     module, args, state = load_run(options.run, options.script)
-    name, game = module.game_of(args), make_game(module, args, options.seed)
+    name = module.game_of(replace(args, env_backend="gymnasium"))
+    game = make_game(module, args, options.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     num_actions = int(game.action_space.n)
     learner = load_learner(module, args, state, num_actions, options.run / "checkpoint.pt", device)

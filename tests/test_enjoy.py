@@ -111,12 +111,14 @@ def test_lost_lives_do_not_end_a_game_under_episodic_life(breakout: Path):
     assert game.ale.game_over() and game.ale.lives() == 0
 
 
-def test_the_runs_own_backend_need_not_be_installed(breakout: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_runs_own_backend_need_not_be_installed(
+    breakout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    assert enjoy.load_run(breakout)[1].env_backend == "envpool"
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "envpool" else find(name))
-    module, args, _ = enjoy.load_run(breakout)
-    assert args.env_backend == "envpool"
-    assert enjoy.make_game(module, args, 1).reset()[0].shape == (4, 96, 96)
+    enjoy.main([str(breakout), "--episodes", "1", "--film-episodes", "0"])
+    assert "over 1 episode;" in capsys.readouterr().out
 
 
 def test_a_copied_script_plays_with_script(breakout: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

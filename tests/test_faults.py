@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import resource
 import runpy
 import signal
@@ -45,6 +46,12 @@ def workers(pid: int) -> list[int]:
     return [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == command]
 
 
+def ignores_ctrl_c(pid: int) -> bool:
+    """Whether a process ignores SIGINT, as workers do once they can play."""
+    ignored = re.search(r"SigIgn:\t(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return int(ignored, 16) >> (signal.SIGINT - 1) & 1 == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,10 +85,10 @@ def test_signal_saves_and_stops(number: signal.Signals, backend: str, group: boo
 def test_signal_to_the_group_before_training(folder: Path) -> None:
     """While the frame statistics begin: nothing is saved yet, and nothing is left behind."""
     process = start(SND, [*flags(1, *GYMNASIUM), *ENDLESS, "--norm-init-steps", "1000000"], folder)
-    wait_until(lambda: len(workers(process.pid)) == 4, process)
+    wait_until(lambda: sum(map(ignores_ctrl_c, workers(process.pid))) == 4, process)
     os.killpg(process.pid, signal.SIGTERM)
     status, out, err = finish(process)
-    assert status == 128 + signal.SIGTERM
+    assert status == 128 + signal.SIGTERM, err
     assert not out and "Traceback" not in err and "Error" not in err, err
     assert not list(folder.glob("runs/*"))
 
