@@ -129,7 +129,7 @@ class Args:
     int_coef: float = 1.0
     """advantage coefficient of the intrinsic reward; 0 trains without it"""
     actor_hidden_gain: float = 0.01
-    """orthogonal gain of the actor's hidden layer; with 1.414 most of its units outlive the first update"""
+    """orthogonal gain of the actor's hidden layer; with 1.414 most of its units outlive the first update (Breakout)"""
     critic_hidden_gain: float = 0.1
     """orthogonal gain of the critic's hidden layer; 1.414 in the variants b1, b3 and c1"""
 
@@ -534,7 +534,7 @@ class Learner:
         self.predictor = Predictor(coarse_gradients=args.bf16)
         self.obs_stats = RunningMeanStd((1, 96, 96))
         self.int_returns = DiscountedReturns(args.num_envs)
-        for module in vars(self).values():
+        for module in vars(self).values():  # networks and statistics stand above this line, optimisers below
             module.to(device, memory_format=torch.channels_last)
             if args.compile:
                 torch._dynamo.config.recompile_limit = 32  # the novelty networks share one forward, and so one count
@@ -550,7 +550,7 @@ class Learner:
 class Rollout:
     """T = num_steps rows of N = num_envs environments; row t's action was chosen on obs[t] and led to obs[t + 1]."""
 
-    obs: Tensor  # (T + 1, N, 4, 96, 96) uint8, the buffer that the next rollout overwrites
+    obs: Tensor  # (T + 1, N, 4, 96, 96) uint8, overwritten by the next rollout, which begins with row T
     actions: Tensor  # (T, N) int64
     logprobs: Tensor  # (T, N) float32
     values: Tensor  # (T + 1, N, value heads) float32
@@ -1052,8 +1052,9 @@ def load_checkpoint(path: Path) -> dict:
     if type(version) is not int or version != CHECKPOINT_VERSION:
         fail(f"{path} has format version {version}; this {SCRIPT} reads version {CHECKPOINT_VERSION}")
     known = {field.name: field.type for field in fields(Args)}
-    if set(saved) != set(known) or not all(is_of(value, known[name]) for name, value in saved.items()):
-        fail(f"{path} was written by a {SCRIPT} with other arguments")
+    other = set(saved) ^ set(known) or {name for name, value in saved.items() if not is_of(value, known[name])}
+    if other:
+        fail(f"{path} was written by a {SCRIPT} with other arguments: {sorted(map(str, other))}")
     if type(counters["iteration"]) is not int or counters["iteration"] < 0:
         fail(f"{path} counts {counters['iteration']} iterations")
     check_args(Args(**saved))
@@ -1189,7 +1190,7 @@ class Log:
         self.writer = SummaryWriter(str(self.run_dir), purge_step=step + 1)
 
     def write(self, scalars: dict[str, float | Tensor], step: int) -> None:
-        """Log {tag: value} at an agent step, when the next step is logged or at `flush`."""
+        """Log {tag: value} at an agent step, when the next is logged or at `flush`; until then no tensor may change."""
         self.flush()
         self.pending = scalars, step
 
@@ -1252,7 +1253,7 @@ def main() -> None:
     if args.cuda and device.type == "cpu":
         say("no CUDA device found: training on the CPU", sys.stderr)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.bf16  # for the why see autocast
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.bf16  # of all products; see autocast
     if device.type == "cuda":
         torch.set_num_threads(1)  # more would wait actively and take the processors from the emulators
         torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # the default stream is left to the background

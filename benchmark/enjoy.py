@@ -9,6 +9,7 @@ An episode is a whole game, under the protocol the run was trained with. No scre
 
 import argparse
 import importlib
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -101,7 +102,9 @@ def choose_actions(module: ModuleType, learner: Any, args: Any, obs: torch.Tenso
 
 @torch.no_grad()
 def intrinsic_reward(module: ModuleType, learner: Any, args: Any, obs: torch.Tensor) -> float:
-    """The novelty of obs (1, 4, 96, 96) uint8 in the run's own scale."""
+    """The novelty of obs (1, 4, 96, 96) uint8 in the run's own scale; nan where a copied script's is another kind."""
+    if not {"target", "predictor"} <= vars(learner).keys():
+        return math.nan
     x = module.novelty_input(obs, learner.obs_stats, args.norm_obs)
     reward = module.novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
     if args.norm_int_reward:

@@ -190,6 +190,7 @@ STATES: dict[str, Edit] = {
     "version is a tensor": lambda state: state | {"version": torch.zeros(2)},
     "script is a tensor": lambda state: state | {"script": torch.zeros(2)},
     "other arguments": lambda state: state | {"args": state["args"] | {"surprise": 1}},
+    "argument of two lines": lambda state: state | {"args": state["args"] | {"sur\nprise": 1}},
     "argument out of range": lambda state: state | {"args": state["args"] | {"num_envs": -4}},
     "argument of another type": lambda state: state | {"args": state["args"] | {"num_steps": "8"}},
     "fractional environments": lambda state: state | {"args": state["args"] | {"num_envs": 4.5, "num_steps": 8.0}},
@@ -247,6 +248,15 @@ def test_another_scripts_checkpoint_is_refused_by_name(
     other = importlib.import_module(SND if run[0].__name__ == RND else RND)
     assert call_main(other, ["--resume", "runs/run"]) == 2
     assert run[0].__name__ in one_line(capsys)
+
+
+@pytest.mark.parametrize("saved", [{"surprise": 1}, {"num_envs": 4.5}], ids=["unknown", "type"])
+def test_other_arguments_are_refused_by_name(
+    rnd_state: dict, saved: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As after a flag was added to a script."""
+    torch.save(rnd_state | {"args": rnd_state["args"] | saved}, tmp_path / "checkpoint.pt")
+    assert f"other arguments: {list(saved)}" in assert_refused(tmp_path / "checkpoint.pt", capsys)
 
 
 @pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq", "step"])

@@ -80,6 +80,8 @@ def test_the_intrinsic_reward_is_the_scripts_own(private_eye: Path):
     with torch.no_grad():
         expected = ((learner.target(frame) - learner.predictor(frame)) ** 2).sum().item() / 2
     assert enjoy.intrinsic_reward(module, learner, args, obs) == pytest.approx(min(expected, 1.0), rel=1e-5)
+    del learner.predictor  # as in a copied script with another kind of novelty
+    assert np.isnan(enjoy.intrinsic_reward(module, learner, args, obs))
 
 
 def test_greedy_takes_the_likeliest_action_and_sampling_does_not_always(private_eye: Path):
