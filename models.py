@@ -26,8 +26,9 @@ def init(layer: nn.Conv2d | nn.Linear, gain: float = SQRT2) -> nn.Conv2d | nn.Li
 class FirstConv(nn.Conv2d):
     """A network's first, strided convolution, computed over cells of stride × stride pixels.
 
-    Frames have one to four channels, and matrix units want many. Cut into cells they have stride² times as many; the
-    kernel, filled up with zeros, spans few cells; the sums stay the same up to rounding.
+    Frames have one to four channels, and matrix units want many. Cut into cells they have stride² times as many, and
+    the stride becomes 1. With 8×8 / 4, for instance, 96 + 2·2 pixels are 25 cells, the kernel spans 2, and 24 outputs
+    are left; a 3×3 kernel of stride 2 is first filled up with zeros to 4×4. The sums stay the same up to rounding.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, padding: int):
@@ -74,15 +75,16 @@ def cells(x: Tensor, size: int, before: int, after: int) -> Tensor:
     Space to depth: the new channels are in the order row in the cell, channel, column in the cell. x is first filled up
     with zeros, `before` of them above and on the left, `after` below and on the right.
     """
-    # A row's channels side by side: the runs that are copied below become longer and fewer.
-    x = F.pad(x.transpose(1, 2), (before, after, 0, 0, before, after))
+    x = F.pad(x.transpose(1, 2), (before, after, 0, 0, before, after))  # (batch, height, channels, width)
     (batch, height, channels, width), pixel = x.shape, x.dtype
+    # The one copy: of (cells down, rows in a cell * channels, cells across, pixels side by side in a cell) the middle
+    # two change places. Those pixels stay together, so where there is no gradient (a view as another type has none) and
+    # no compiler that fuses the copy, they move as one number of their size in bytes, several times as fast.
     if not (x.requires_grad or torch.compiler.is_compiling()):
-        # Pixels that stay neighbours move as one number, several times as fast; a compiler fuses the copy instead.
         wide = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-        x = x.contiguous().flatten().view(wide.get(size * x.itemsize, torch.int64))
+        x = x.contiguous().flatten().view(wide.get(size * x.itemsize, torch.int64))  # 32 bytes are four of 8
     x = x.reshape(batch, height // size, size * channels, width // size, -1).transpose(2, 3).contiguous()
-    x = x if x.dtype == pixel else x.view(pixel)  # a view as another type has no gradient
+    x = x if x.dtype == pixel else x.view(pixel)
     return x.flatten(3).permute(0, 3, 1, 2)
 
 
@@ -130,21 +132,23 @@ class CoarseGradients(torch.autograd.Function):
         ctx.weighted, inputs, kernels, pairs = [], [], [], zip(parameters[::2], parameters[1::2], strict=True)
         ctx.relu = any(isinstance(layer, nn.ReLU) for layer in layers)
         fused = ctx.relu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-        for layer, previous in zip(layers, [None, *layers], strict=False):
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                kernel, bias = (parameter.to(x.dtype) for parameter in next(pairs))
-                ctx.weighted.append(layer)
-                inputs.append(x.bfloat16())
-                kernels.append(kernel.bfloat16())
-                if isinstance(layer, nn.Linear):
-                    x = F.linear(x, kernel, bias)
-                elif fused:  # with the ReLU in one pass
-                    geometry = layer.padding, layer.stride, layer.dilation, 1
-                    x = torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *geometry, "relu", [], "")
-                else:
-                    x = F.conv2d(x, kernel, bias, layer.stride, layer.padding)
-            elif not (fused and isinstance(previous, nn.Conv2d)):
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.ReLU) and fused and isinstance(layers[i - 1], nn.Conv2d):
+                continue  # the convolution has done it
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
                 x = layer(x)
+                continue
+            kernel, bias = (parameter.to(x.dtype) for parameter in next(pairs))
+            ctx.weighted.append(layer)
+            inputs.append(x.bfloat16())
+            kernels.append(kernel.bfloat16())
+            if isinstance(layer, nn.Linear):
+                x = F.linear(x, kernel, bias)
+            elif fused:  # with the ReLU that follows, in one pass
+                geometry = layer.padding, layer.stride, layer.dilation, 1
+                x = torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *geometry, "relu", [], "")
+            else:
+                x = F.conv2d(x, kernel, bias, layer.stride, layer.padding)
         ctx.save_for_backward(*inputs, *kernels, x.bfloat16())
         return x
 
@@ -212,12 +216,6 @@ class Chain(nn.Sequential):
         for layer in self:  # written out because torch.compile passes over a forward that is torch's own
             x = layer(x)
         return x
-
-    def __getitem__(self, index: int | slice) -> nn.Module:
-        """A layer, or a Chain of some of the layers (of the subclasses below torch would make a new network)."""
-        if isinstance(index, slice):
-            return Chain(*list(self)[index], coarse_gradients=self.coarse_gradients)
-        return super().__getitem__(index)
 
 
 class SelfAttention(nn.Module):
@@ -302,33 +300,26 @@ def novelty_convs(frames: int) -> list[nn.Module]:
     return [conv(frames, 32, 8, 4), elu, conv(32, 64, 3, 2), elu, conv(64, 64, 3, 1), elu, Flatten()]
 
 
-class Target(Chain):
+def make_target(coarse_gradients: bool = False) -> Chain:
     """The network to imitate: frozen in RND, trained by the contrastive loss in SND.
 
     Input (batch, 1, 96, 96) float32, the newest frame, normalised; output (batch, 512).
     """
-
-    def __init__(self, coarse_gradients: bool = False):
-        super().__init__(*novelty_convs(1), init(nn.Linear(64 * 12 * 12, 512)), coarse_gradients=coarse_gradients)
+    return Chain(*novelty_convs(1), init(nn.Linear(64 * 12 * 12, 512)), coarse_gradients=coarse_gradients)
 
 
-class Predictor(Chain):
+def make_predictor(coarse_gradients: bool = False) -> Chain:
     """The imitator, two layers deeper than the target.
 
     Input (batch, 1, 96, 96) float32, the newest frame, normalised; output (batch, 512).
     """
-
-    def __init__(self, coarse_gradients: bool = False):
-        head = [init(nn.Linear(64 * 12 * 12, 512)), ELU()]
-        head += [init(nn.Linear(512, 512)), ELU()]
-        super().__init__(*novelty_convs(1), *head, init(nn.Linear(512, 512)), coarse_gradients=coarse_gradients)
+    head = [init(nn.Linear(64 * 12 * 12, 512)), ELU(), init(nn.Linear(512, 512)), ELU(), init(nn.Linear(512, 512))]
+    return Chain(*novelty_convs(1), *head, coarse_gradients=coarse_gradients)
 
 
-class EntropyEncoder(Chain):
-    """Features of a state for the entropy stream of SND + entropy.
+def make_entropy_encoder(coarse_gradients: bool = False) -> Chain:
+    """The network of a state's features in the entropy stream of SND + entropy.
 
     Input (batch, 4, 96, 96), all four frames: float32, divided by 256, or without gradients uint8; output (batch, 256).
     """
-
-    def __init__(self, coarse_gradients: bool = False):
-        super().__init__(*novelty_convs(4), init(nn.Linear(64 * 12 * 12, 256)), coarse_gradients=coarse_gradients)
+    return Chain(*novelty_convs(4), init(nn.Linear(64 * 12 * 12, 256)), coarse_gradients=coarse_gradients)

@@ -33,16 +33,17 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 import time
 import weakref
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import Literal, NoReturn, TextIO, get_args, get_origin
+from typing import Literal, NoReturn, TextIO, get_args
 
 import gymnasium
 import numpy as np
@@ -53,7 +54,7 @@ import tyro
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from models import FAST_BFLOAT16, ActorCritic, Predictor, Target
+from models import FAST_BFLOAT16, ActorCritic, make_predictor, make_target
 
 SCRIPT = Path(__file__).stem
 CPU = torch.device("cpu")
@@ -373,28 +374,27 @@ class AtariEnvs:
                 repeat_action_probability=args.repeat_action_probability,
                 episodic_life=args.episodic_life,
             )
-        rom, sticky = rom_names("gymnasium")[self.game], args.repeat_action_probability
-        indices = range(group.start, group.stop)
-        games = [partial(AtariGame, rom, seed + i, sticky, args.episodic_life) for i in indices]
+        rom, rules = rom_names("gymnasium")[self.game], (args.repeat_action_probability, args.episodic_life)
+        games = [partial(AtariGame, rom, seed + i, *rules) for i in range(group.start, group.stop)]
         gc.freeze()  # a worker may not collect, and so destroy, objects that belong to this process's threads
         # fork: the workers share this process's memory, a spawned one would import torch again.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # until a worker has its own
         try:
-            return gymnasium.vector.AsyncVectorEnv(games, context="fork")
+            envs = gymnasium.vector.AsyncVectorEnv(games, context="fork")
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             gc.unfreeze()
+        envs.send, envs.recv = envs.step_async, envs.step_wait  # EnvPool's names
+        return envs
 
     def step_async(self, group: int, actions: np.ndarray) -> None:
         """Start a step of a group's games with actions (size of the group,) int32."""
-        envs = self.envs[group]
-        (envs.step_async if isinstance(envs, gymnasium.vector.AsyncVectorEnv) else envs.send)(actions)
+        self.envs[group].send(actions)
 
     def step_wait(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """End a group's step; returns its unclipped rewards float32, and `terminated` and `done` bool."""
-        envs, rows = self.envs[group], self.groups[group]
-        receive = envs.step_wait if isinstance(envs, gymnasium.vector.AsyncVectorEnv) else envs.recv
-        self.frames[group], _, terminated, truncated, info = receive()
+        rows = self.groups[group]
+        self.frames[group], _, terminated, truncated, info = self.envs[group].recv()
         self.scores[rows] += info["reward"]
         self.steps[rows] += ~self.next_done[rows]  # a reset row is no step
         for i in rows.start + np.flatnonzero(info["terminated"].astype(bool) | truncated):
@@ -528,10 +528,9 @@ class Learner:
     """Everything that learns or is learned from; every attribute has a state_dict and goes into the checkpoint."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
-        gains = {"actor_hidden_gain": args.actor_hidden_gain, "critic_hidden_gain": args.critic_hidden_gain}
-        self.agent = ActorCritic(args.model, num_actions, num_values=2, **gains)
-        self.target = Target(coarse_gradients=args.bf16)
-        self.predictor = Predictor(coarse_gradients=args.bf16)
+        self.agent = ActorCritic(args.model, num_actions, 2, args.actor_hidden_gain, args.critic_hidden_gain)
+        self.target = make_target(coarse_gradients=args.bf16)
+        self.predictor = make_predictor(coarse_gradients=args.bf16)
         self.obs_stats = RunningMeanStd((1, 96, 96))
         self.int_returns = DiscountedReturns(args.num_envs)
         for module in vars(self).values():  # networks and statistics stand above this line, optimisers below
@@ -655,10 +654,10 @@ def gae(
     """
     deltas = rewards + gamma * values[1:] * ~terminations - values[:-1]
     decay = gamma * gae_lambda * ~dones
-    advantages = [torch.zeros_like(rewards[0])]
-    for delta, factor in zip(reversed(deltas.unbind()), reversed(decay.unbind()), strict=True):
-        advantages.append(torch.addcmul(delta, factor, advantages[-1]))
-    return torch.stack(advantages[:0:-1])
+    advantages = torch.zeros_like(values)  # the last row stays 0: what follows it is in its value
+    for t in reversed(range(len(rewards))):
+        torch.addcmul(deltas[t], decay[t], advantages[t + 1], out=advantages[t])  # delta + decay * the next advantage
+    return advantages[:-1]
 
 
 def estimate_advantages(rollout: Rollout, int_rewards: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -731,13 +730,17 @@ NUM_PAIRS = 64  # pairs of states in each step of the contrastive loss
 def graphed(function: Callable) -> Callable:
     """On a GPU, record the kernels of `function(learner, args, *tensors)` and replay them: one launch for thousands.
 
-    A new combination of arguments and shapes is run once as it is, which lets the libraries set themselves up, and then
-    recorded. A recording works in fixed memory: the tensors are copied there, and what it returns lasts until the next
-    call. Python runs only those two times, so what changes from call to call must be among `tensors`, or be changed in
-    place; nothing inside may wait for the device; and of recordings that run at the same time only one may draw random
-    numbers. To debug, take the decorator away. On a CPU this is the function itself.
+    Of every combination of arguments and shapes the first call runs the function, which lets the libraries set
+    themselves up, the second records it, and all later ones replay the recording, without Python. Therefore:
+
+    - what changes from call to call is one of `tensors`, or is changed in place;
+    - what is returned lasts until the next call, for a recording works in fixed memory;
+    - nothing inside waits for the device;
+    - of recordings that run at the same time only one draws random numbers.
+
+    To debug, take the decorator away. On a CPU this is the function itself.
     """
-    recordings = weakref.WeakKeyDictionary()
+    recordings = weakref.WeakKeyDictionary()  # learner -> {arguments and shapes: None after one call, then a recording}
 
     @wraps(function)
     def replay(learner: Learner, args: Args, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -748,10 +751,10 @@ def graphed(function: Callable) -> Callable:
         if key not in known:
             known[key] = None
             return function(learner, args, *tensors)
-        if known[key] is None:
+        if known[key] is None:  # recording runs no kernel, so this call goes on to the replay
             graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
-            # Recordings that replay at the same time must not share cuBLAS's workspace, which belongs to a stream. The
-            # kernels keep the priority of the stream on which they are recorded.
+            # A new stream, for cuBLAS has one workspace a stream, which recordings that replay side by side must not
+            # share; of the caller's priority, which the kernels keep.
             stream = torch.cuda.Stream(priority=torch.cuda.current_stream().priority)
             with torch.cuda.graph(graph, stream=stream):
                 known[key] = graph, inputs, function(learner, args, *inputs)
@@ -766,10 +769,11 @@ def graphed(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def in_background(*tensors: Tensor) -> Iterator[None]:
-    """On a GPU, queue what is inside behind all that was queued so far, on its default stream; `main` uses another.
+    """On a GPU, run what is inside after all that is queued so far, but beside what is queued later.
 
-    `tensors` are those that are used inside: their memory is not given to others before that. What is inside may train,
-    in its own precision, also beside a rollout.
+    There are two queues of kernels: `main` makes a stream of its own, and the default one is left to this background.
+    `tensors` are those from outside that are used inside: their memory is not reused before the background is done.
+    Gradients are on and autocast is off here, for the caller may be `collect_rollout`, where it is the other way round.
     """
     device, stream = tensors[0].device, contextlib.nullcontext()
     if device.type == "cuda":
@@ -825,8 +829,7 @@ def collect_rollout(
         for t in range(args.num_steps + 1):
             for group, rows in enumerate(envs.groups):  # while the network looks at one, the others play
                 if t > 0:
-                    results = envs.step_wait(group)
-                    rewards[t - 1, rows], terminations[t - 1, rows], dones[t - 1, rows] = results
+                    rewards[t - 1, rows], terminations[t - 1, rows], dones[t - 1, rows] = envs.step_wait(group)
                 obs[t, rows] = torch.from_numpy(envs.frames[group])
                 new_actions, new_logprobs, values[t, rows] = act(learner, args, obs[t, rows], noise[t, rows])
                 if t < args.num_steps:
@@ -916,8 +919,9 @@ def train_novelty(
 ) -> Iterator[None]:
     """Train the novelty networks, at each `next` on one of the minibatches inds (minibatches, size).
 
-    Adds the mean losses to `losses` (len(NOVELTY_LOSSES),), zeros at the start. All minibatches in one recording would
-    fill the GPU's launch queue, and the host, which keeps the games going, would wait.
+    On a GPU `collect_rollout` calls `next` whenever games have begun to play, and `finish` does the rest. (All at once
+    would fill the GPU's launch queue, and the host, which keeps the games going, would wait.) Adds the mean losses to
+    `losses` (len(NOVELTY_LOSSES),), zeros at the start.
 
     obs (rows, 1, 96, 96) uint8, the newest frames, and valid (rows,) bool by row; valid_inds (valid rows,) int64.
     """
@@ -964,14 +968,14 @@ def warn(message: str) -> None:
     say(("\n" if sys.stdout.isatty() else "") + f"{SCRIPT}: warning: {message}", sys.stderr)
 
 
-def open_run(run_dir: Path, new: bool) -> TextIO:
-    """Make a new run's folder, or take an old one's, and hold it for this process; keep the result.
+def open_run(run_dir: Path, new: bool) -> None:
+    """Make a new run's folder, or take an old one's, and hold it until this process ends, however it ends.
 
-    The lock falls with the process, however it dies. Exit status 2 if the folder is taken or cannot be written.
+    Exit status 2 if the folder is taken or cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / "lock", "a")  # noqa: SIM115, open as long as the run lasts
+        lock = os.open(run_dir / "lock", os.O_WRONLY | os.O_CREAT)  # never closed: that would give the lock back
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, forked workers do not inherit it
     except (BlockingIOError, PermissionError):
         fail(f"{run_dir} is in use by another process, or may not be written")
@@ -979,7 +983,6 @@ def open_run(run_dir: Path, new: bool) -> TextIO:
         fail(f"cannot write to {run_dir}: {error.strerror}")
     if new and (run_dir / "checkpoint.pt").exists():
         fail(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-name")
-    return lock
 
 
 def discard_run(run_dir: Path) -> None:
@@ -1035,62 +1038,57 @@ def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint of this script, running nothing that the file contains; exit status 2 if it is not one."""
     if not path.is_file():
         fail(f"--resume {path.parent}: there is no checkpoint.pt in that folder")
+    # The types that an argument may have, or the values of a Literal.
+    allowed = {field.name: {*(get_args(field.type) or [field.type])} for field in fields(Args)}
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums
         if damaged:
             raise ValueError(f"{damaged} is corrupted")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        script, version, saved, counters = (state[name] for name in ("script", "version", "args", "counters"))
-        numbers = [counters["iteration"], *counters["rooms"], *counters["scores"]]
-        if not (isinstance(saved, dict) and {type(number) for number in numbers} <= {int, float}):
-            raise ValueError("it has another layout")
+        saved, counters = state["args"], state["counters"]
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it was written by {state['script']}; resume it with that script")
+        if state["version"] != CHECKPOINT_VERSION:
+            raise ValueError(f"it has format version {state['version']}, this script reads {CHECKPOINT_VERSION}")
+        same = {name for name in allowed if name in saved and {saved[name], type(saved[name])} & allowed[name]}
+        if other := {*saved, *allowed} - same:
+            raise ValueError(f"it was written with other arguments: {sorted(map(str, other))}")
+        iteration, numbers = counters["iteration"], [*counters["rooms"], *counters["scores"]]
+        if type(iteration) is not int or iteration < 0 or {type(number) for number in numbers} - {int, float}:
+            raise ValueError(f"it counts {counters}")
     except Exception as error:  # whatever a broken or hostile file makes the readers raise
-        fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
-    if script != SCRIPT:
-        fail(f"{path} was written by {script}; resume it with that script")
-    if type(version) is not int or version != CHECKPOINT_VERSION:
-        fail(f"{path} has format version {version}; this {SCRIPT} reads version {CHECKPOINT_VERSION}")
-    known = {field.name: field.type for field in fields(Args)}
-    other = set(saved) ^ set(known) or {name for name, value in saved.items() if not is_of(value, known[name])}
-    if other:
-        fail(f"{path} was written by a {SCRIPT} with other arguments: {sorted(map(str, other))}")
-    if type(counters["iteration"]) is not int or counters["iteration"] < 0:
-        fail(f"{path} counts {counters['iteration']} iterations")
+        fail(f"{path} is not a checkpoint of {SCRIPT}: {textwrap.shorten(str(error) or repr(error), 200)}")
     check_args(Args(**saved))
     return state
-
-
-def is_of(value: object, kind: type) -> bool:
-    """Whether a saved argument has the type of its field: a class, a union of classes or a Literal."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    return type(value) in (get_args(kind) or (kind,))
 
 
 def restore(state: dict, learner: Learner, path: Path) -> None:
     """Put a loaded checkpoint into the learner and the random generators; exit status 2 if it does not fit."""
     try:
         for name, part in vars(learner).items():
+            kinds = [{key: type(value) for key, value in group.items()} for group in getattr(part, "param_groups", ())]
             part.load_state_dict(state["learner"][name])
-            if isinstance(part, torch.optim.Optimizer):  # which itself does not compare shapes
+            if isinstance(part, torch.optim.Optimizer):  # which itself compares neither settings nor shapes
+                for group, types in zip(part.param_groups, kinds, strict=True):
+                    group["capturable"] = group["params"][0].is_cuda  # the run may come from another device
+                    if {key: type(value) for key, value in group.items()} != types:
+                        raise ValueError(f"{name} has other settings")
                 for parameter, moments in part.state.items():
                     shapes = [moments[moment].shape for moment in ("exp_avg", "exp_avg_sq", "step")]
                     if shapes != [parameter.shape, parameter.shape, ()]:
                         raise ValueError(f"{name} belongs to another network")
-                for group in part.param_groups:
-                    group["capturable"] = group["params"][0].is_cuda  # the run may come from another device
         random.setstate(state["random"]["python"])
         np.random.set_state(tuple(state["random"]["numpy"]))
         torch.set_rng_state(state["random"]["torch"])
         if state["random"]["cuda"] is not None and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(state["random"]["cuda"])
     except Exception as error:
-        fail(f"{path} does not fit this {SCRIPT}: {' '.join(str(error).split())[:200]}")
+        fail(f"{path} does not fit this {SCRIPT}: {textwrap.shorten(str(error), 200)}")
 
 
-def parse_args() -> tuple[Args, Path, dict | None, TextIO]:
-    """The arguments, the run's folder, with --resume its checkpoint, and its lock; exit status 2 if they are wrong."""
+def parse_args() -> tuple[Args, Path, dict | None]:
+    """The arguments, the run's folder and, with --resume, its checkpoint; exit status 2 if they are wrong."""
     summary = __doc__.splitlines()[0]
     args = tyro.cli(Args, description=summary)
     if args.resume is None:
@@ -1098,19 +1096,20 @@ def parse_args() -> tuple[Args, Path, dict | None, TextIO]:
         check_installed(args)
         args.run_name = args.run_name or f"{game_of(args)}__{SCRIPT}__{args.seed}__{int(time.time())}"
         run_dir = Path("runs", args.run_name)
-        return args, run_dir, None, open_run(run_dir, new=True)
+        open_run(run_dir, new=True)
+        return args, run_dir, None
     run_dir = Path(args.resume)
     saved = Args(**load_checkpoint(run_dir / "checkpoint.pt")["args"])
     check_installed(saved)
     args = tyro.cli(Args, description=summary, default=saved)
-    for name, old in asdict(saved).items():
-        given = getattr(args, name)
-        if (given < old) if name == "total_timesteps" else (given != old and name != "resume"):
+    most = max(args.total_timesteps, saved.total_timesteps)
+    for name, value in asdict(replace(saved, resume=args.resume, total_timesteps=most)).items():
+        if getattr(args, name) != value:
             hint = "it can only be raised" if name == "total_timesteps" else "leave it out, or start a new run"
-            fail(f"{flag(name)} {given} contradicts the saved {old}: {hint}")
-    lock = open_run(run_dir, new=False)
+            fail(f"{flag(name)} {getattr(args, name)} contradicts the saved {value}: {hint}")
+    open_run(run_dir, new=False)
     # Read again: until the lock was free, its holder may have gone on.
-    return args, run_dir, load_checkpoint(run_dir / "checkpoint.pt"), lock
+    return args, run_dir, load_checkpoint(run_dir / "checkpoint.pt")
 
 
 def keep_freed_memory() -> None:
@@ -1129,12 +1128,6 @@ def keep_freed_memory() -> None:
     if block:
         libc.madvise(block, size, mmap.MADV_HUGEPAGE)
         libc.free(block)  # at once: it has extended the heap, from which all others are cut
-
-
-def weight_norms(learner: Learner) -> dict[str, float]:
-    """{"weights/agent": norm} of every network."""
-    modules = {name: part for name, part in vars(learner).items() if isinstance(part, nn.Module)}
-    return {f"weights/{name}": nn.utils.get_total_norm(list(net.parameters())).item() for name, net in modules.items()}
 
 
 def catch_stop_signals() -> list[int]:
@@ -1163,9 +1156,7 @@ class Log:
     def __init__(self, run_dir: Path, args: Args, step: int):
         self.run_dir, self.pending = run_dir, ({}, step)
         # The writer's thread need not print the error that `write` reports.
-        threading.excepthook = lambda error: (
-            None if isinstance(error.exc_value, OSError) else threading.__excepthook__(error)
-        )
+        threading.excepthook = lambda error: issubclass(error.exc_type, OSError) or threading.__excepthook__(error)
         if args.track:
             import wandb
 
@@ -1179,15 +1170,11 @@ class Log:
                 sync_tensorboard=True,
                 save_code=True,
             )
-        self.open(step)
+        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1)  # hides what older files logged from there on
         if step == 0:
             rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
         self.writer.flush()
-
-    def open(self, step: int) -> None:
-        """Begin an event file that hides whatever older ones logged after `step`."""
-        self.writer = SummaryWriter(str(self.run_dir), purge_step=step + 1)
 
     def write(self, scalars: dict[str, float | Tensor], step: int) -> None:
         """Log {tag: value} at an agent step, when the next is logged or at `flush`; until then no tensor may change."""
@@ -1198,21 +1185,23 @@ class Log:
         """Put the last step on the disk; exit status 1 if a number of it, or a weight of `learner`, is not finite."""
         scalars, step = {tag: float(value) for tag, value in self.pending[0].items()}, self.pending[1]
         self.pending = {}, step
-        for name, value in (scalars | (weight_norms(learner) if learner else {})).items():
+        parts = vars(learner).items() if learner else ()
+        networks = {f"weights/{name}": list(part.parameters()) for name, part in parts if isinstance(part, nn.Module)}
+        norms = {name: nn.utils.get_total_norm(parameters).item() for name, parameters in networks.items()}
+        for name, value in (scalars | norms).items():
             if not math.isfinite(value):
                 fail(f"step {step}: {name} is {value}; the last good checkpoint is kept in {self.run_dir}", status=1)
-        older = set(self.run_dir.glob("events.out.tfevents.*")) if self.writer is None else None
+        before = set(self.run_dir.glob("events.out.tfevents.*"))
         try:
-            if self.writer is None:
-                self.open(step - 1)
+            self.writer = self.writer or SummaryWriter(str(self.run_dir), purge_step=step)
             for tag, value in scalars.items():
                 self.writer.add_scalar(tag, value, step)
             self.writer.flush()
         except OSError as error:
             warn(f"step {step} was not logged: {error}")
-            self.writer = None
-            for path in set(self.run_dir.glob("events.out.tfevents.*")) - older if older is not None else ():
-                path.unlink()  # it was opened for this step alone
+            self.writer = None  # the next step begins a new file, and takes it back if that cannot be written either
+            for path in set(self.run_dir.glob("events.out.tfevents.*")) - before:
+                path.unlink()
 
 
 class Progress:
@@ -1240,7 +1229,7 @@ class Progress:
 
 
 def main() -> None:
-    args, run_dir, state, lock = parse_args()  # noqa: RUF059, the lock is held as long as its name lives
+    args, run_dir, state = parse_args()
     resume_command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size

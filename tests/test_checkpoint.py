@@ -241,6 +241,22 @@ def test_state_of_another_layout_is_refused(
     assert_refused(path, capsys)
 
 
+@pytest.mark.parametrize("setting", ["betas", "lr"])
+def test_optimiser_without_its_settings_is_refused(
+    rnd_state: dict, setting: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """PyTorch itself would notice at the first step."""
+    for value in (None, "x"):
+        state = copy.deepcopy(rnd_state)
+        group = state["learner"]["predictor_optimizer"]["param_groups"][0]
+        if value is None:
+            del group[setting]
+        else:
+            group[setting] = value
+        torch.save(state, tmp_path / "checkpoint.pt")
+        assert_refused(tmp_path / "checkpoint.pt", capsys)
+
+
 def test_another_scripts_checkpoint_is_refused_by_name(
     run: tuple, unchanged: None, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,5 +1,7 @@
 """The architectures against the layer table: shapes, parameter counts, initial weights, forward passes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn as nn
@@ -11,14 +13,14 @@ from models import (
     ELU,
     ActorCritic,
     Chain,
-    EntropyEncoder,
     FirstConv,
     Flatten,
-    Predictor,
     SelfAttention,
-    Target,
     cells,
     conv,
+    make_entropy_encoder,
+    make_predictor,
+    make_target,
     product,
 )
 
@@ -32,9 +34,9 @@ PARAMETERS = {
     "D": (32_896 + 2 * (3 * 16_512 + 16_512) + 9_437_696, 262_656 + 9_234, 262_656, 513),
 }
 NOVELTY = {
-    Target: (2_080 + 18_496 + 36_928 + 4_719_104, 1, 512),
-    Predictor: (2_080 + 18_496 + 36_928 + 4_719_104 + 262_656 + 262_656, 1, 512),
-    EntropyEncoder: (8_224 + 18_496 + 36_928 + 2_359_552, 4, 256),
+    make_target: (2_080 + 18_496 + 36_928 + 4_719_104, 1, 512),
+    make_predictor: (2_080 + 18_496 + 36_928 + 4_719_104 + 262_656 + 262_656, 1, 512),
+    make_entropy_encoder: (8_224 + 18_496 + 36_928 + 2_359_552, 4, 256),
 }
 
 
@@ -244,8 +246,8 @@ def test_elu_is_torchs_in_place() -> None:
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no fast bfloat16")
-@pytest.mark.parametrize("kind", [Target, Predictor, EntropyEncoder])
-def test_coarse_gradients_and_float32_features_are_close(kind: type[Chain]) -> None:
+@pytest.mark.parametrize("kind", [make_target, make_predictor, make_entropy_encoder])
+def test_coarse_gradients_and_float32_features_are_close(kind: Callable[..., Chain]) -> None:
     """Against the same layers in float32: the features up to rounding, gradients to within 0.5 % of their norm."""
     torch.manual_seed(0)
     net = kind(coarse_gradients=True)
@@ -262,12 +264,15 @@ def test_coarse_gradients_and_float32_features_are_close(kind: type[Chain]) -> N
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no fast bfloat16")
-@pytest.mark.parametrize("model", ["A", "B", "C", "A without linear layers"])
+@pytest.mark.parametrize("model", ["A", "B", "C", "A without linear layers", "A flattened before a ReLU"])
 def test_a_policy_in_bfloat16_has_the_gradients_of_its_layers(model: str) -> None:
     """Under autocast, against autograd of the same layers: the same but for bfloat16's rounding, 1/256, in both."""
     torch.manual_seed(0)
     trunk, obs = ActorCritic(model[0], 6, 2).trunk, torch.randint(256, (64, 4, 96, 96), dtype=torch.uint8)
-    trunk = trunk if len(model) == 1 else trunk[:7]
+    if "without" in model:
+        trunk = trunk[:7]
+    if "flattened" in model:
+        trunk = Chain(*trunk[:5], Flatten(), nn.ReLU(inplace=True), *trunk[7:])
     with torch.autocast("cpu", torch.bfloat16):
         features = [trunk(obs), nn.Sequential(*trunk)(obs)]
     assert ["CoarseGradients" in type(x.grad_fn).__name__ for x in features] == [True, False]
@@ -299,11 +304,11 @@ def test_other_chains_have_ordinary_gradients() -> None:
 def test_what_comes_before_a_chain_learns() -> None:
     """CoarseGradients has no gradient for its input, so a chain whose input has one does without it."""
     x = torch.rand(2, 1, 96, 96, requires_grad=True)
-    gradient, *_ = torch.autograd.grad(Predictor(coarse_gradients=True)(x).square().sum(), x)
+    gradient, *_ = torch.autograd.grad(make_predictor(coarse_gradients=True)(x).square().sum(), x)
     assert gradient.norm() > 0
 
 
 def test_a_slice_of_a_network_has_its_layers() -> None:
-    """torch would make a new Target, with new weights."""
-    target, x = Target(), torch.rand(2, 1, 96, 96)
+    """And not those of a new network of its kind."""
+    target, x = make_target(), torch.rand(2, 1, 96, 96)
     assert torch.equal(target[-1](target[:-1](x)), target(x))
