@@ -1241,6 +1241,7 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         say("no CUDA device found: training on the CPU", sys.stderr)
+    say(f"{run_dir} | {num_iterations:,} iterations of {batch_size:,} steps on {device}", sys.stdout)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.bf16  # of all products; see autocast
     if device.type == "cuda":

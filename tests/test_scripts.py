@@ -148,11 +148,15 @@ def test_hyperparameters(runs: dict[tuple, SimpleNamespace], script: str) -> Non
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_plain_progress(runs: dict[tuple, SimpleNamespace], script: str) -> None:
-    """Output that is not a terminal gets whole lines; nothing goes to standard error; a checkpoint is left."""
+    """Output that is not a terminal gets whole lines; nothing goes to standard error; a checkpoint is left.
+
+    The first line comes before the games are started, so that nobody waits in the dark.
+    """
     for name, total, rooms in (("first", "960 / 1,000", ""), ("gymnasium", "64 / 64", r" \| rooms 1")):
         run = runs[script, name]
         lines = run.process.stdout.splitlines()
         pattern = rf"{total} steps \| [\d,]+ steps/s \| \d+:\d\d h left \| return (-|[\d.]+){rooms} \| r_int [\d.]+"
+        assert re.fullmatch(r"runs/x \| \d+ iterations of \d+ steps on (cpu|cuda)", lines[0])
         assert re.fullmatch(pattern, lines[-1])
         assert "\r" not in run.process.stdout and "\x1b" not in run.process.stdout
         assert run.process.stderr == ""
