@@ -9,12 +9,12 @@ intervals over seeds (Agarwal et al. 2021, arXiv 2108.13264, by their library rl
 """
 
 import argparse
+import contextlib
 import glob
 import itertools
 import logging
 import math
 import re
-import struct
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,8 @@ from matplotlib.ticker import EngFormatter
 from rliable.library import get_interval_estimates
 from scipy.stats import trim_mean
 from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.compat.tensorflow_stub.errors import DataLossError, OpError, OutOfRangeError
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
 # Metric: its tag in TensorBoard, and what its axis is called.
 METRICS = {
@@ -36,6 +38,7 @@ METRICS = {
     "explored_rooms": ("charts/explored_rooms", "rooms found by all environments"),
     "intrinsic_reward": ("charts/intrinsic_reward", "intrinsic reward of a step"),
 }
+HYPERPARAMETERS = "hyperparameters/text_summary"
 CSV_COLUMNS = ["game", "method", "seed", "agent_steps", *METRICS]
 TABLE_STEPS = [million * 1_000_000 for million in (1, 2, 5, 10, 20, 32, 64, 128)]
 # Arguments that may differ between the seeds of one method: they name the run or say where it ran.
@@ -105,14 +108,15 @@ def game_key(name: str) -> str:
 
 
 def cut_off(path: Path) -> bool:
-    """Whether an event file ends in the middle of a record: 8 bytes of length, 4 of checksum, the data, 4 more."""
-    size, position = path.stat().st_size, 0
-    with open(path, "rb") as file:
-        while position < size:
-            file.seek(position)
-            header = file.read(8)
-            position += 16 + struct.unpack("<Q", header)[0] if len(header) == 8 else 16
-    return position != size
+    """Whether an event file cannot be read to its end: half-written, or a checksum is wrong."""
+    reader = PyRecordReader_New(str(path))
+    with contextlib.suppress(OutOfRangeError):  # the end
+        try:
+            while True:
+                reader.GetNext()
+        except DataLossError:
+            return True
+    return False
 
 
 def method_of(run_dir: Path, game: str) -> str:
@@ -135,19 +139,21 @@ def read_events(run_dir: Path, method: str | None) -> Run:
     events = event_accumulator.EventAccumulator(str(run_dir), {event_accumulator.SCALARS: 0})
     events.Reload()
     tags = events.Tags()
-    if "hyperparameters/text_summary" not in tags["tensors"]:
-        fail(f"{run_dir} has no hyperparameters/text_summary{note}: not a run of these scripts, leave it out")
-    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("hyperparameters/text_summary")]
-    if len({re.search(r"^\|env_id\|(.*)\|$", text, re.M)[1] for text in texts}) > 1:
+    logged = events.Tensors(HYPERPARAMETERS) if HYPERPARAMETERS in tags["tensors"] else []
+    texts = [event.tensor_proto.string_val[0].decode() for event in logged]
+    tables = [dict(re.findall(r"^\|(\w+)\|(.*)\|$", text, re.M)) for text in texts]
+    if not tables or not all({"env_id", "seed"} <= table.keys() for table in tables):
+        fail(f"{run_dir} has no {HYPERPARAMETERS} of these scripts{note}: leave it out")
+    if len({table["env_id"] for table in tables}) > 1:
         fail(f"{run_dir} mixes the event files of several games: move each run to a folder of its own")
-    args = dict(re.findall(r"^\|(\w+)\|(.*)\|$", texts[-1], re.M))
+    args = tables[-1]
     match = re.fullmatch(r"(\w+?)NoFrameskip-v4|(?:ALE/)?(\w+)-v5", args["env_id"])
     if not match:
         fail(f"{run_dir} has the unknown env_id {args['env_id']}")
     if METRICS["intrinsic_reward"][0] not in tags["scalars"]:
         fail(f"{run_dir} has no {METRICS['intrinsic_reward'][0]}{note}: it has logged nothing yet, leave it out")
     if broken:
-        warn(f"{run_dir}/{broken[0]} is half-written; its whole records are used")
+        warn(f"{run_dir}/{broken[0]} is half-written or damaged; its records up to there are used")
     game, series = match[1] or match[2], {}
     for metric, (tag, _) in METRICS.items():
         if tag in tags["scalars"]:
@@ -175,6 +181,8 @@ def read_csv(path: Path, method: str | None = None) -> list[Run]:
             fail(f"{path} has no column {', '.join(missing)}; expected: {', '.join(CSV_COLUMNS)}")
         columns = ["agent_steps", *(metric for metric in METRICS if metric in table)]
         table = table.astype({"seed": int} | dict.fromkeys(columns, float)).sort_values("agent_steps", kind="stable")
+        if not (table["agent_steps"] >= 1).all():
+            raise ValueError("agent_steps must be at least 1")
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         fail(f"{path} is not a readable CSV of curves: {str(error).splitlines()[0]}")
     names = table["method"].unique()
@@ -199,12 +207,16 @@ def read_csv(path: Path, method: str | None = None) -> list[Run]:
 def find_runs(pattern: str, method: str | None) -> list[Run]:
     """All runs in the folders, or the CSV files, that `pattern` names; exit status 2 if there are none."""
     runs = []
-    for path in map(Path, sorted(glob.glob(str(Path(pattern).expanduser())))):
+    named = Path(pattern).expanduser()
+    for path in [named] if named.exists() else map(Path, sorted(glob.glob(str(named)))):
         if path.suffix == ".csv":
             runs += read_csv(path, method)
         else:
             folders = sorted({file.parent for file in path.rglob("events.out.tfevents.*")})
-            runs += [read_events(folder, method) for folder in folders]
+            try:
+                runs += [read_events(folder, method) for folder in folders]
+            except (OSError, OpError) as error:
+                fail(f"{path} cannot be read: {error}")
     if not runs:
         fail(f"{pattern}: no runs found (neither event files of TensorBoard below it nor a CSV)")
     return runs
@@ -350,8 +362,8 @@ def draw(
         axes.legend(
             title=title, alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, handlelength=3.5
         )
-        figure.savefig(path.with_suffix(".png"), dpi=150)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(f"{path}.png", dpi=150)
+        figure.savefig(f"{path}.svg", metadata={"Date": None})
     plt.close(figure)
     return drawn
 
@@ -476,6 +488,9 @@ def main(argv: list[str] | None = None) -> None:
         if not (method and equals and path):
             fail(f"--runs {spec}: must be METHOD=PATH")
         runs += find_runs(path, method.strip())
+    spelling: dict[str, str] = {}
+    for run in runs:
+        run.game = spelling.setdefault(game_key(run.game), run.game)
     check_runs(runs)
     options.window = default_window(runs) if options.window is None else options.window
     if not any(len(grid_of([run], options.window)) for run in runs):

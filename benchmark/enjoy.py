@@ -12,6 +12,7 @@ import importlib
 import math
 import re
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,17 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def check_output(path: Path) -> None:
+    """Make the folder of the results; exit status 2 if it cannot be written, before anything is played."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error.strerror}")
+    if not path.name:
+        fail(f"--output {path}: must end in a name; the endings are added")
+
+
 def load_run(run_dir: Path, script: Path | None = None) -> tuple[ModuleType, Any, dict]:
     """The module of a run's script, its arguments and its checkpoint; exit status 2 if one of them is missing.
 
@@ -60,7 +72,7 @@ def load_run(run_dir: Path, script: Path | None = None) -> tuple[ModuleType, Any
         except Exception as error:  # whatever a broken or foreign file makes the reader raise
             fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
         if not known:
-            fail(f"{path} was written by {name!r}, which is not in {ROOT}: give its path with --script")
+            fail(f"{path} was written by {name!r}, which is not in {ROOT}; enjoy.py takes its path with --script")
         script = ROOT / f"{name}.py"
     elif not script.is_file():
         fail(f"--script {script}: there is no such file")
@@ -214,7 +226,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="film, without ending (default: RUN/enjoy)")
     parser.add_argument("--script", type=Path, help="the training script, where it is not the project's own")
     options = parser.parse_args(argv)
-    for name, least in dict(episodes=1, film_episodes=0, seed=0, max_steps=1).items():
+    for name, least in dict(episodes=1, film_episodes=0, max_steps=1).items():
         value = getattr(options, name)
         if value is not None and value < least:
             fail(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -224,7 +236,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     output = options.output or options.run / "enjoy"
+    if options.film_episodes:
+        check_output(output)
     module, args, state = load_run(options.run, options.script)
+    module.check_args(replace(args, seed=options.seed))
     name = module.game_of(replace(args, env_backend="gymnasium"))
     game = make_game(module, args, options.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -244,10 +259,9 @@ def main(argv: list[str] | None = None) -> None:
     print(summary(episodes))
     if film:
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
             write_film(output, film)
         except OSError as error:
-            fail(f"cannot write to {output.parent}: {error.strerror or error}")
+            fail(f"cannot write to {output.parent}: {error.strerror or str(error).splitlines()[0]}")
         print(f"{output}.mp4, {output}.gif: {len(film) / FRAME_RATE:.0f} s of play")
 
 

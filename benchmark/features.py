@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from enjoy import choose_actions, fail, load_learner, load_run, make_game
+from enjoy import check_output, choose_actions, fail, load_learner, load_run, make_game
 from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances
@@ -164,7 +164,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, default=Path("features"), help="results, without ending (default: features)"
     )
     options = parser.parse_args(argv)
-    for name, least in dict(states=NEIGHBOURS + 2, every=1, games=1, seed=0, random_actions=0).items():
+    for name, least in dict(states=NEIGHBOURS + 2, every=1, games=1, random_actions=0).items():
         if not getattr(options, name) >= least:
             fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
     if options.random_actions > 1:
@@ -174,10 +174,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
+    check_output(options.output)
     policy = options.policy or options.runs[-1]
     loaded = {run: load_run(run) for run in dict.fromkeys([*options.runs, policy])}
     games = {run: module.game_of(args) for run, (module, args, _) in loaded.items()}
     game = games[policy]
+    module, args, _ = loaded[policy]
+    module.check_args(replace(args, seed=options.seed))
     if len(set(games.values())) > 1:
         fail("the runs play different games: " + ", ".join(f"{name} in {run}" for run, name in games.items()))
     if game not in loaded[policy][0].ROOM_GAMES:
@@ -214,7 +217,6 @@ def main(argv: list[str] | None = None) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "features"  # the same picture is the same file
     try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         draw(options.output, game, points, rooms, numbers)
         options.output.with_name(f"{options.output.name}.json").write_text(json.dumps(record, indent=2) + "\n")
         options.output.with_name(f"{options.output.name}.md").write_text(text)

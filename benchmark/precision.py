@@ -264,7 +264,8 @@ def measure(options: Options) -> dict:
     script = importlib.import_module(options.script)
     steps = options.iterations * options.num_envs * options.num_steps
     args = script.Args(env_id=options.env_id, model=options.model, num_envs=options.num_envs, seed=options.seed)
-    args.num_steps, args.total_timesteps, args.num_minibatches = options.num_steps, steps, 4
+    args.num_steps, args.total_timesteps = options.num_steps, steps
+    args.num_minibatches = math.gcd(4, options.num_envs * options.num_steps)
     args.norm_init_steps, args.cuda = 16, device.type == "cuda"
     script.check_args(args)
     with bf16_everywhere(script):

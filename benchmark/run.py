@@ -35,7 +35,7 @@ from rich.table import Table
 
 @dataclass
 class Args:
-    commands: dict[str, str]
+    commands: list[tuple[str, str]]
     """names and commands of the methods: NAME "COMMAND" NAME "COMMAND" ..."""
     env_ids: list[str]
     """games, e.g. MontezumaRevengeNoFrameskip-v4 ALE/Venture-v5"""
@@ -96,9 +96,9 @@ def make_runs(args: Args, extra_flags: list[str]) -> list[Run]:
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {value}")
     runs = {}
     for seed in range(args.start_seed, args.start_seed + args.num_seeds):
-        for method, command in args.commands.items():
-            if not re.fullmatch(r"\w[\w.+-]*", method):
-                fail(f"--commands {method!r}: a name may have letters, digits and _ . + - (it becomes a folder)")
+        for method, command in args.commands:
+            if not re.fullmatch(r"[^\W_][\w.+-]*", method):
+                fail(f"--commands {method!r}: a name has letters, digits and, later, _ . + - (it becomes a folder)")
             try:
                 words = shlex.split(command)
             except ValueError as error:
@@ -107,9 +107,11 @@ def make_runs(args: Args, extra_flags: list[str]) -> list[Run]:
                 fail(f"--commands {method}: the command is empty")
             for env_id in args.env_ids:
                 game = re.sub(r"^ALE/|NoFrameskip-v4$|-v5$", "", env_id)
+                if not re.fullmatch(r"\w+", game):
+                    fail(f"--env-ids {env_id!r}: not the id of a game (its name becomes a folder)")
                 name = f"{method}/{game}/seed_{seed}"
                 if name in runs:
-                    fail(f"--env-ids: {game} is given twice")
+                    fail(f"{method} in {game} is given twice")
                 flags = {"run-name": name, "env-id": env_id, "seed": seed, "total-timesteps": args.total_timesteps}
                 added = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
                 runs[name] = Run(name, words + added + extra_flags)
@@ -173,18 +175,29 @@ class Report:
         with Live(console=self.console, auto_refresh=False, transient=True) as self.table:
             yield
 
+    def show(self, draw: Callable, *what: object, **how: object) -> None:
+        """Call a method of rich; where the terminal or the pipe is gone or the disk is full, go on in silence."""
+        try:
+            draw(*what, **how)
+        except (OSError, SystemExit):  # of a broken pipe rich makes a SystemExit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.show(self.console.print, line)
+
     def started(self, run: Run, where: str) -> None:
-        self.console.print(f"started   {run.name} ({where}, log {run.log})")
+        self.say(f"started   {run.name} ({where}, log {run.log})")
 
     def ended(self, run: Run, outcome: str, reason: str = "") -> None:
         """outcome is a key of `count`; reason says why a run failed."""
         self.count[outcome] += 1
         line = f"{outcome:<9} {run.name}" + (f": {reason} (log {run.log})" if reason else "")
-        self.console.print(line)
+        self.say(line)
         if outcome == "failed":
             self.failures.append(line)
 
-    def show(self, running: list[tuple[Run, str]]) -> None:
+    def redraw(self, running: list[tuple[Run, str]]) -> None:
         """Redraw the table: the last line of the log of each (run, its time or state)."""
         if not self.console.is_terminal:
             return
@@ -194,7 +207,7 @@ class Report:
         table.add_column(no_wrap=True, ratio=1)
         for run, state in running:
             table.add_row(run.name, state, last_line(run.log))
-        self.table.update(table, refresh=True)
+        self.show(self.table.update, table, refresh=True)
 
     def summary(self, running: int = 0) -> str:
         """All counts in one line."""
@@ -207,8 +220,8 @@ class Report:
     def exit_status(self) -> int:
         """Print the failures once more and the summary. 0 all finished, 1 a run failed, 130 stopped before the end."""
         for line in self.failures if self.total > 1 else []:
-            self.console.print(line)
-        self.console.print(self.summary())
+            self.say(line)
+        self.say(self.summary())
         unfinished = self.total - self.count["finished"] - self.count["skipped"] - self.count["failed"]
         return 130 if unfinished else int(self.count["failed"] > 0)
 
@@ -241,7 +254,8 @@ def visible_gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.split()
+    found = subprocess.run(query, capture_output=True, text=True)
+    return found.stdout.split() if found.returncode == 0 else []  # it complains on its standard output
 
 
 def share_of_cores(cores: list[int], slot: int, workers: int) -> list[int]:
@@ -263,7 +277,7 @@ def run_here(runs: list[Run], workers: int) -> int:
         while running or (waiting and not stop.count):
             if stop.count > passed_on:
                 passed_on = stop.count
-                report.console.print(f"stopping {len(running)} runs after their checkpoints; once more stops now")
+                report.say(f"stopping {len(running)} runs after their checkpoints; once more stops now")
                 for _, _, process in running.values():
                     process.terminate()
             for slot in range(workers):
@@ -292,7 +306,7 @@ def run_here(runs: list[Run], workers: int) -> int:
                     report.ended(run, "stopped")
                 else:
                     report.ended(run, "failed", f"exit status {process.returncode}: {last_line(run.log)}")
-            report.show([(run, hours(time.time() - start_time)) for run, start_time, _ in running.values()])
+            report.redraw([(run, hours(time.time() - start_time)) for run, start_time, _ in running.values()])
             time.sleep(0.2)
     return report.exit_status()
 
@@ -345,6 +359,7 @@ def run_on_slurm(runs: list[Run], args: Args) -> int:
     """Submit everything as one job array and watch it; returns the exit status. Ctrl-C only ends the watching."""
     if not shutil.which("sbatch"):
         fail(f"--slurm-partition {args.slurm_partition}: there is no sbatch on this machine")
+    stop = StopSignal()  # before a job is submitted whose number would not be shown
     executor = submitit.SlurmExecutor("runs/slurm/%j", max_num_timeout=1000)
     executor.update_parameters(
         job_name="benchmark",
@@ -358,9 +373,11 @@ def run_on_slurm(runs: list[Run], args: Args) -> int:
     try:
         with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # sbatch's words are in the error too
             jobs = [executor.submit(SlurmRun(run)) for run in runs]
+    except OSError as error:
+        fail(f"cannot write to runs/slurm: {error.strerror}")
     except submitit.core.utils.FailedJobError as error:
         fail((str(error).strip().splitlines() or ["sbatch refused the jobs"])[-1])
-    stop, report, left = StopSignal(), Report(runs), list(zip(jobs, runs, strict=True))
+    report, left = Report(runs), list(zip(jobs, runs, strict=True))
     for job, run in left:
         report.started(run, f"job {job.job_id}")
     next_look, states, missed = 0.0, {}, {}
@@ -383,10 +400,10 @@ def run_on_slurm(runs: list[Run], args: Args) -> int:
                 else:
                     report.ended(run, finished_or_skipped(run))
             left = [(job, run) for job, run in left if missed[job.job_id] < 2]
-            report.show([(run, states.get(job.job_id, "")) for job, run in left])
+            report.redraw([(run, states.get(job.job_id, "")) for job, run in left])
     if left:
         ids = " ".join(job.job_id for job, _ in left)
-        report.console.print(f"the other jobs go on without this watch; to stop them: scancel {ids}")
+        report.say(f"the other jobs go on without this watch; to stop them: scancel {ids}")
     return report.exit_status()
 
 

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -121,7 +122,9 @@ def run_main(script: ModuleType, values: dict, folder: Path) -> None:
     try:
         with patch.object(sys, "argv", argv), contextlib.chdir(folder), contextlib.redirect_stdout(sys.stderr):
             script.main()
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:  # CUDA graphs and cuBLAS run out of memory under names of their own
+        if not re.search("out of memory|ALLOC_FAILED", f"{error} {error.__context__}"):
+            raise
         fail("out of GPU memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)
     finally:
         for number, handler in handlers.items():

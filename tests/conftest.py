@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 RND, SND, ENTROPY = SCRIPTS = ["ppo_rnd_atari", "ppo_snd_atari", "ppo_snd_entropy_atari"]
 BACKENDS = ["envpool", "gymnasium"]
@@ -194,14 +194,12 @@ def short_episodes(snd: ModuleType, monkeypatch: pytest.MonkeyPatch) -> int:
     return 25
 
 
-@pytest.fixture(scope="session")
-def run_environment() -> Iterator[dict[str, str]]:
-    """Environment variables of the subprocesses: without this process's module path."""
-    yield {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+# Environment variables of the subprocesses: without this process's module path.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def run_script(script: str | Path, flags: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+def run_script(script: str | Path, flags: list[str], cwd: Path) -> subprocess.CompletedProcess:
     """Run a script to its end in a folder of its own."""
     path = script if isinstance(script, Path) else ROOT / f"{script}.py"
     command = [sys.executable, str(path), *flags]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=180)
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

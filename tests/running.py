@@ -1,17 +1,20 @@
 """What the tests of whole runs share: start a script as a process or in this one, and read what it leaves behind."""
 
+import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import pytest
 import torch
-from conftest import ROOT, STARTED
+from conftest import ENVIRONMENT, ROOT, STARTED, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 BATCH = 4 * 8  # agent steps of one iteration
@@ -29,10 +32,8 @@ def flags(iterations: int, *more: str) -> list[str]:
 def start(script: str, arguments: list[str], cwd: Path, **changes: object) -> subprocess.Popen:
     """Start a script as the leader of a process group, as a shell does."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["OMP_NUM_THREADS"] = "1"  # tiny networks do not gain from more
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | changes
-    STARTED.append(subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, text=True, **pipes))
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, start_new_session=True, text=True, **pipes))
     return STARTED[-1]
 
 
@@ -100,6 +101,32 @@ def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """{tag: [(step, value), ...]} as TensorBoard shows them."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+RUNS = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def trained_run(script: str, game: str, iterations: int) -> Path:
+    """The folder of a small real run, trained once for all tests; the last iteration of a long one is resumed."""
+    name, last = f"{script}/{game}/seed_1", iterations * 4 * 64
+    first = last - 4 * 64 if iterations > 2 else last
+    size = ["--num-envs", "4", "--num-steps", "64", "--num-minibatches", "2", "--update-epochs", "1", "--model", "A"]
+    size += ["--norm-init-steps", "2", "--total-timesteps", str(first), "--env-id", f"{game}-v5", "--run-name", name]
+    run_script(script, size, Path(RUNS.name)).check_returncode()
+    if first < last:
+        resume = ["--resume", f"runs/{name}", "--total-timesteps", str(last)]
+        run_script(script, resume, Path(RUNS.name)).check_returncode()
+    return Path(RUNS.name) / "runs" / name
+
+
+def error_of(main: Callable, capsys: pytest.CaptureFixture, *argv: object) -> str:
+    """The only line that a tool leaves on standard error at exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, argv)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def assert_whole_curve(run_dir: Path, iterations: int) -> None:

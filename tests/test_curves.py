@@ -1,45 +1,20 @@
 """benchmark/curves.py on real runs, and on event files of TensorBoard's own writer with known numbers."""
 
-import functools
-import importlib
 import os
-import subprocess
-import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 
+import curves
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import image
+from running import error_of, trained_run
 from scipy.stats import bootstrap
 from torch.utils.tensorboard import SummaryWriter
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmark"))
-curves = importlib.import_module("curves")
-
 BATCH = 4 * 64  # agent steps of an iteration of `trained_run`
-RUNS = tempfile.TemporaryDirectory()
-
-
-def run_script(*arguments: object) -> None:
-    """Run a training script in the folder of all test runs."""
-    command = [sys.executable, *map(str, arguments)]
-    subprocess.run(command, cwd=RUNS.name, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-@functools.cache
-def trained_run(script: str, game: str, iterations: int) -> Path:
-    """The folder of a small real run, trained once for all tests; the last iteration of a long one is resumed."""
-    name, last = f"{script}/{game}/seed_1", iterations * BATCH
-    first = last - BATCH if iterations > 2 else last
-    size = ["--num-envs", "4", "--num-steps", "64", "--num-minibatches", "2", "--update-epochs", "1", "--model", "A"]
-    size += ["--norm-init-steps", "2", "--total-timesteps", str(first)]
-    run_script(ROOT / f"{script}.py", "--env-id", f"{game}-v5", "--run-name", name, *size)
-    if first < last:
-        run_script(ROOT / f"{script}.py", "--resume", f"runs/{name}", "--total-timesteps", last)
-    return Path(RUNS.name) / "runs" / name
+error_of = partial(error_of, curves.main)
 
 
 def write_run(
@@ -54,16 +29,6 @@ def write_run(
             writer.add_scalar("charts/explored_rooms", 1, step)
             writer.add_scalar("charts/intrinsic_reward", 0.5, step)
     return folder
-
-
-def error_of(capsys: pytest.CaptureFixture, *argv: str) -> str:
-    """The only line that the program leaves behind on exit status 2."""
-    with pytest.raises(SystemExit) as stop:
-        curves.main([*map(str, argv)])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_real_runs_become_figures_a_table_and_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -107,7 +72,7 @@ def test_a_table_never_shows_a_maximum_nor_a_step_that_was_not_reached(tmp_path:
     table = pd.read_csv(tmp_path / "out/table.csv").query("metric == 'score'")
     assert table["seeds"].tolist() == [2, 1, 0]
     assert table["value"].tolist()[:2] == [(455 + 20) / 2, 10] and np.isnan(table["value"].iloc[2])
-    assert "| a | 237 [20, 455] (2) | 10 (1) |  |" in (tmp_path / "out/table.md").read_text().replace("238", "237")
+    assert "| a | 238 [20, 455] (2) | 10 (1) |  |" in (tmp_path / "out/table.md").read_text()
 
 
 def test_intervals_agree_with_another_bootstrap():
@@ -127,6 +92,28 @@ def test_exported_curves_are_read_again(tmp_path: Path):
     curves.main(again)
     assert (tmp_path / "1/table.csv").read_text() == (tmp_path / "2/table.csv").read_text()
     assert (tmp_path / "1/curves.csv").read_text() == (tmp_path / "2/curves.csv").read_text()
+
+
+def test_a_csv_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture):
+    rows = [f"Venture,{method},1,{step},{step}" for method in ("a", "b") for step in (100, 200)]
+    (tmp_path / "c.csv").write_text("\n".join(["game,method,seed,agent_steps,score", *rows]))
+    (one,) = curves.read_csv(tmp_path / "c.csv", "b")
+    assert one.method == "b" and one.series["score"][1].tolist() == [100, 200]
+    assert "none is c: a, b" in error_of(capsys, "--runs", f"c={tmp_path}/c.csv")
+    (tmp_path / "c.csv").write_text("\n".join(["game,method,seed,agent_steps,score", *rows[:2]]))
+    assert [run.method for run in curves.read_csv(tmp_path / "c.csv", "c")] == ["c"]
+
+
+def test_gaps_are_bridged_but_not_continued():
+    filled = curves.fill_gaps(np.array([[np.nan, 1, np.nan, 3, np.nan]]))
+    np.testing.assert_array_equal(filled, [[np.nan, 1, 2, 3, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("last", "spacing", "window"), [(128_000_000, 16_384, 10**6), (970_000, 4096, 20_000), (64, 32, 40)]
+)
+def test_default_window(last: int, spacing: int, window: int):
+    assert curves.default_window([curves.Run("Venture", "a", 1, Path(), {}, last, spacing)]) == window
 
 
 def test_a_reference_lies_under_the_figure(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -161,7 +148,7 @@ def test_a_half_written_file_keeps_its_whole_records(tmp_path: Path, capsys: pyt
     file = next(folder.iterdir())
     os.truncate(file, file.stat().st_size - 5)
     assert curves.read_events(folder, None).series["score"][0].tolist() == [100, 200, 300]
-    assert capsys.readouterr().err.count("half-written; its whole records are used") == 1
+    assert capsys.readouterr().err.count("half-written or damaged") == 1
     os.truncate(file, 60)
     assert "is half-written" in error_of(capsys, folder)
 

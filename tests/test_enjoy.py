@@ -3,18 +3,19 @@
 import importlib
 import re
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
+import enjoy
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image, ImageSequence
-from test_curves import ROOT, trained_run
+from running import error_of, trained_run
 
-sys.path.insert(0, str(ROOT / "benchmark"))
-enjoy = importlib.import_module("enjoy")
+error_of = partial(error_of, enjoy.main)
 
 
 @pytest.fixture(scope="session")
@@ -27,16 +28,6 @@ def breakout() -> Path:
 def private_eye() -> Path:
     """A run in a game of many rooms."""
     return trained_run("ppo_rnd_atari", "PrivateEye", 2)
-
-
-def error_of(capsys: pytest.CaptureFixture, *argv: object) -> str:
-    """The only line that the program leaves behind on exit status 2."""
-    with pytest.raises(SystemExit) as stop:
-        enjoy.main([*map(str, argv)])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_whole_games_are_played_and_the_same_again(breakout: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -150,6 +141,4 @@ def test_bad_input_ends_with_one_line(breakout: Path, tmp_path: Path, capsys: py
     assert "not a training script" in error_of(capsys, breakout, "--script", tmp_path / "script.py")
     (tmp_path / "file").write_text("")
     arguments = ["--episodes", 1, "--max-steps", 2, "--output", tmp_path / "file/film"]
-    with pytest.raises(SystemExit):
-        enjoy.main([*map(str, [breakout, *arguments])])
-    assert "cannot write to" in capsys.readouterr().err.splitlines()[-1]
+    assert "cannot write to" in error_of(capsys, breakout, *arguments)

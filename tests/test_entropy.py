@@ -1,7 +1,5 @@
 """The entropy stream against torch.std over explicit windows."""
 
-from types import ModuleType
-
 import pytest
 import torch
 from conftest import make_args, make_learner, make_rollout
@@ -106,9 +104,3 @@ def test_entropy_flags() -> None:
     entropy.update(learner, rollout, *inputs, args)
     changed = (learner.agent.values.weight != before).any(dim=1)
     assert changed.tolist() == [True, True, False]
-
-
-def test_only_the_entropy_script_has_the_stream(script: ModuleType) -> None:
-    """The other two know nothing of it."""
-    assert hasattr(script, "FeatureBuffer") == (script is entropy)
-    assert hasattr(script.Args, "entropy_coef") == (script is entropy)

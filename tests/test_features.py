@@ -1,19 +1,18 @@
 """benchmark/features.py on real checkpoints, its numbers against hand-made features."""
 
-import importlib
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
+import features
 import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from running import error_of, trained_run
 from sklearn.neighbors import KNeighborsClassifier
-from test_curves import ROOT, trained_run
 
-sys.path.insert(0, str(ROOT / "benchmark"))
-features = importlib.import_module("features")
+error_of = partial(error_of, features.main)
 
 
 @pytest.fixture(scope="session")
@@ -82,18 +81,12 @@ def test_numbers_of_known_features():
 
 
 def test_bad_input_ends_with_one_line(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
-    def error_of(*argv: object) -> str:
-        with pytest.raises(SystemExit) as stop:
-            features.main([*map(str, argv)])
-        assert stop.value.code == 2
-        return capsys.readouterr().err.splitlines()[-1]
-
     breakout = trained_run("ppo_snd_atari", "Breakout", 5)
-    assert "no checkpoint.pt" in error_of(runs["rnd"], tmp_path)
-    assert "different games" in error_of(runs["rnd"], breakout)
-    assert "rooms of Breakout are unknown" in error_of(breakout)
-    assert "--states 5" in error_of(breakout, "--states", 5)
-    assert "--random-actions 2.0" in error_of(breakout, "--random-actions", 2)
+    assert "no checkpoint.pt" in error_of(capsys, runs["rnd"], tmp_path)
+    assert "different games" in error_of(capsys, runs["rnd"], breakout)
+    assert "rooms of Breakout are unknown" in error_of(capsys, breakout)
+    assert "--states 5" in error_of(capsys, breakout, "--states", 5)
+    assert "--random-actions 2.0" in error_of(capsys, breakout, "--random-actions", 2)
     few = ["--states", 12, "--every", 1, "--games", 1, "--output", tmp_path / "out"]
-    assert "only room 0" in error_of(runs["snd"], *few)
+    assert "only room 0" in error_of(capsys, runs["snd"], *few)
     assert not list(tmp_path.iterdir())

@@ -9,14 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import precision
 import pytest
 import torch
-from conftest import RND, ROOT, make_args, make_learner
+from conftest import RND, ROOT, empty_obs, make_args, make_learner
 from torch import Tensor
-
-sys.path.insert(0, str(ROOT / "benchmark"))
-
-import precision
 
 SCRIPT = importlib.import_module(RND)
 
@@ -55,7 +52,7 @@ def test_emulated_tf32_runs_every_layer_in_tf32() -> None:
 def real_rollout(args: object, learner: object) -> tuple[object, Tensor]:
     """A rollout of Breakout by the learner, and its frame buffer."""
     envs = SCRIPT.AtariEnvs(args, 1)
-    obs = torch.zeros(args.num_steps + 1, args.num_envs, 4, 96, 96, dtype=torch.uint8)
+    obs = empty_obs(args)
     random.seed(1)
     rollout = SCRIPT.collect_rollout(envs, learner, obs, args)
     envs.close()

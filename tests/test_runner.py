@@ -1,24 +1,27 @@
 """The benchmark's runner: real training runs where that matters, one-line commands where only its logic does."""
 
+import fcntl
 import itertools
 import os
+import pty
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPTS, SND, STARTED
-from running import PATIENCE, TINY, assert_whole_curve, read_checkpoint
+from run import Run, SlurmRun, share_of_cores
+from running import BATCH, PATIENCE, TINY, assert_whole_curve, read_checkpoint, wait_until
 
-BATCH = 4 * 8
 TRAIN = f"python {ROOT / SND}.py"
 BASH_RUNNERS = sorted((ROOT / "benchmark").glob("*.sh"))
 
@@ -43,16 +46,6 @@ def lines_of(cwd: Path, name: str) -> list[str]:
 def python(code: str) -> str:
     """A command that runs `code`; sys.argv[1:] are the flags that the runner adds."""
     return f"python -c {code!r}"
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
-    """Return once `condition()` is true; fails with the process's output if it ends or hangs before."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(f"exit status {process.returncode}\n{process.communicate()[0]}")
-        time.sleep(0.05)
 
 
 def start(cwd: Path, *arguments: str) -> subprocess.Popen:
@@ -220,7 +213,7 @@ def test_stop_and_resume(tmp_path: Path, number: int) -> None:
     run_dir = tmp_path / "runs/m/Pitfall/seed_1"
     log = tmp_path / "runs/m/Pitfall/seed_1.log"
     process = start(tmp_path, *arguments, "--", *TINY)
-    wait_for(lambda: log.exists() and "steps/s" in log.read_text(), process)
+    wait_until(lambda: log.exists() and "steps/s" in log.read_text(), process)
     os.killpg(process.pid, number)  # as a terminal does: to the whole foreground group
     out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, out
@@ -233,6 +226,29 @@ def test_stop_and_resume(tmp_path: Path, number: int) -> None:
     assert [" --resume runs/m/Pitfall/seed_1" in line for line in dry] == [True, False]
 
 
+@pytest.mark.parametrize("loss", ["hangup", "broken pipe"])
+def test_runs_are_not_lost_with_the_screen(tmp_path: Path, loss: str) -> None:
+    """A closed terminal, which shows the live table before, stops them as SIGTERM does; a closed pipe disturbs none."""
+    waits = "import signal, time; signal.signal(15, lambda *_: (print('saved', flush=True), exit(143)));"
+    waits += f"print('ready', flush=True); time.sleep({60 if loss == 'hangup' else 3})"
+    command = words("--commands", "m", python(waits), "--env-ids", "Pitfall-v5", "--num-seeds", "2")
+    ours, theirs = pty.openpty() if loss == "hangup" else os.pipe()
+    before = partial(fcntl.ioctl, theirs, termios.TIOCSCTTY, 0) if loss == "hangup" else None
+    STARTED.append(subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=before, stdout=theirs))
+    process, log = STARTED[-1], tmp_path / "runs/m/Pitfall/seed_1.log"
+    os.close(theirs)
+    wait_until(lambda: log.exists() and log.read_text().splitlines()[1:] == ["ready"], process)
+    if loss == "hangup":
+        screen = ""
+        while "running" not in screen or "ready" not in screen:
+            screen += os.read(ours, 4096).decode(errors="replace")
+        assert "1 running, 1 waiting" in screen
+    os.close(ours)
+    assert process.wait(PATIENCE) == (130 if loss == "hangup" else 0)
+    assert log.read_text().splitlines()[2:] == (["saved"] if loss == "hangup" else [])
+    assert (tmp_path / "runs/m/Pitfall/seed_2.log").exists() == (loss != "hangup")
+
+
 def test_second_signal_ends_a_run_that_does_not_stop(tmp_path: Path) -> None:
     """The first SIGTERM is passed on exactly once; the second goes to the run as well."""
     stubborn = (
@@ -242,9 +258,9 @@ def test_second_signal_ends_a_run_that_does_not_stop(tmp_path: Path) -> None:
     )
     log = tmp_path / "runs/m/Pitfall/seed_1.log"
     process = start(tmp_path, "--commands", "m", python(stubborn), "--env-ids", "Pitfall-v5", "--num-seeds", "1")
-    wait_for(lambda: log.exists() and log.read_text().splitlines()[1:] == ["0"], process)
+    wait_until(lambda: log.exists() and log.read_text().splitlines()[1:] == ["0"], process)
     process.send_signal(signal.SIGINT)
-    wait_for(lambda: log.read_text().splitlines()[1:] == ["0", "1"], process)
+    wait_until(lambda: log.read_text().splitlines()[1:] == ["0", "1"], process)
     time.sleep(1)  # many rounds of the runner's loop
     assert log.read_text().splitlines()[1:] == ["0", "1"]
     process.send_signal(signal.SIGINT)
@@ -285,9 +301,6 @@ def test_gpus_and_cores_are_shared_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "workers"), [(16, 3), (16, 16), (8, 4), (5, 2), (2, 1)])
 def test_share_of_cores(count: int, workers: int) -> None:
     """All cores are used, none twice, and shares differ by one core at most."""
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    from run import share_of_cores
-
     cores = list(range(10, 10 + count))
     shares = [share_of_cores(cores, slot, workers) for slot in range(workers)]
     assert list(itertools.chain(*shares)) == cores
@@ -393,10 +406,10 @@ def test_preempted_job_resumes(tmp_path: Path, way: str) -> None:
     log, run_dir = tmp_path / "runs/m/Pitfall/seed_1.log", tmp_path / "runs/m/Pitfall/seed_1"
     arguments = ["--commands", "m", TRAIN, "--env-ids", "PitfallNoFrameskip-v4", "--num-seeds", "1", *SLURM_FLAGS]
     process = start(tmp_path, *arguments, "--total-timesteps", str(iterations * BATCH), "--", *TINY)
-    wait_for(lambda: log.exists() and "steps/s" in log.read_text(), process)
+    wait_until(lambda: log.exists() and "steps/s" in log.read_text(), process)
     (job,) = jobs_in_state("RUNNING")
     subprocess.run([*way.split(), job], check=True)
-    wait_for(lambda: jobs_in_state("PENDING") == [job], process)
+    wait_until(lambda: jobs_in_state("PENDING") == [job], process)
     stopped = re.search(r"stopped at step ([\d,]+);", log.read_text())
     assert stopped, log.read_text()
     saved = read_checkpoint(run_dir)["counters"]["iteration"]
@@ -424,9 +437,6 @@ def user_signal() -> Iterator[None]:
 @pytest.mark.usefixtures("user_signal")
 def test_warning_after_the_end_of_a_run() -> None:
     """A run that ends just before submitit asks for its checkpoint is put back into the queue like any other."""
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    from run import Run, SlurmRun
-
     job = SlurmRun(Run("m/Pitfall/seed_1", ["true"]))
     job.process = subprocess.Popen(["true"])
     os.waitid(os.P_PID, job.process.pid, os.WEXITED | os.WNOWAIT)
@@ -450,9 +460,6 @@ time.sleep(60)
 @pytest.mark.usefixtures("user_signal")
 def test_second_warning_lets_a_run_save() -> None:
     """SLURM may warn again while the run is still writing its checkpoint."""
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    from run import Run, SlurmRun
-
     job = SlurmRun(Run("m/Pitfall/seed_1", ["true"]))
     job.process = subprocess.Popen([sys.executable, "-c", SAVES_FOR_A_SECOND], stdout=subprocess.PIPE)
     job.process.stdout.readline()

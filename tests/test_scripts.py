@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import ENTROPY, RND, ROOT, SCRIPTS, SND, run_script
+from conftest import ENTROPY, ENVIRONMENT, RND, ROOT, SCRIPTS, SND, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TAGS = {
@@ -104,12 +104,12 @@ def read(folder: Path) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, run_environment: dict[str, str]) -> dict[tuple, SimpleNamespace]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, SimpleNamespace]:
     """The runs above, each in its own folder."""
     results = {}
     for (script, name), flags in RUNS.items():
         folder = tmp_path_factory.mktemp(f"{script}-{name}")
-        process = run_script(script, [*flags, *COMMON], folder, run_environment)
+        process = run_script(script, [*flags, *COMMON], folder)
         assert process.returncode == 0, process.stderr
         results[script, name] = SimpleNamespace(process=process, folder=folder, log=read(folder / "runs" / "x"))
     return results
@@ -170,24 +170,20 @@ def without_speed(scalars: dict[str, list]) -> dict[str, list]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_copied_script_and_same_seed(
-    runs: dict[tuple, SimpleNamespace], script: str, tmp_path: Path, run_environment: dict[str, str]
-) -> None:
+def test_copied_script_and_same_seed(runs: dict[tuple, SimpleNamespace], script: str, tmp_path: Path) -> None:
     """One script and models.py in an empty folder are a working program, and the same seed gives the same scalars."""
     for name in (f"{script}.py", "models.py"):
         shutil.copy(ROOT / name, tmp_path)
-    process = run_script(tmp_path / f"{script}.py", [*RUNS[script, "first"], *COMMON], tmp_path, run_environment)
+    process = run_script(tmp_path / f"{script}.py", [*RUNS[script, "first"], *COMMON], tmp_path)
     assert process.returncode == 0, process.stderr
     copied = read(tmp_path / "runs" / "x").scalars
     assert without_speed(copied) == without_speed(runs[script, "first"].log.scalars)
 
 
-def test_other_seed_and_default_name(
-    runs: dict[tuple, SimpleNamespace], tmp_path: Path, run_environment: dict[str, str]
-) -> None:
+def test_other_seed_and_default_name(runs: dict[tuple, SimpleNamespace], tmp_path: Path) -> None:
     """Another seed gives other scalars; a run without a name is called after game, script, seed and time."""
     flags = [*RUNS[SND, "first"], *COMMON[:-3], "--seed", "2"]
-    process = run_script(SND, flags, tmp_path, run_environment)
+    process = run_script(SND, flags, tmp_path)
     assert process.returncode == 0, process.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"Breakout__ppo_snd_atari__2__\d{10}", folder.name)
@@ -198,11 +194,11 @@ def test_other_seed_and_default_name(
         assert process.stderr.count("\n") == 1 and "CUDA" in process.stderr and "CPU" in process.stderr
 
 
-def test_live_progress(tmp_path: Path, run_environment: dict[str, str]) -> None:
+def test_live_progress(tmp_path: Path) -> None:
     """In a terminal one line is rewritten in place, and ends with a newline."""
     terminal, inner = pty.openpty()
     command = [sys.executable, str(ROOT / f"{RND}.py"), *SHORT, *COMMON, "--model", "A"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=run_environment, stdout=inner, stderr=inner)
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=inner, stderr=inner)
     os.close(inner)
     output, end = b"", time.time() + 180
     try:
@@ -326,8 +322,8 @@ def test_usage_errors(script: ModuleType, refused: object, flags: list[str]) -> 
     assert flags[0] in message or flags[1] in message
 
 
-def test_bad_input_as_a_user_sees_it(tmp_path: Path, run_environment: dict[str, str]) -> None:
+def test_bad_input_as_a_user_sees_it(tmp_path: Path) -> None:
     """The same from a shell: one line on standard error, nothing else."""
-    process = run_script(SND, ["--env-id", "MontezumaRevenge-v4"], tmp_path, run_environment)
+    process = run_script(SND, ["--env-id", "MontezumaRevenge-v4"], tmp_path)
     assert process.returncode == 2 and process.stdout == "" and not list(tmp_path.iterdir())
     assert process.stderr.count("\n") == 1 and "MontezumaRevengeNoFrameskip-v4" in process.stderr

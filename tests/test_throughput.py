@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import throughput
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-
-import throughput  # noqa: E402
-
-import ppo_rnd_atari  # noqa: E402
+import ppo_rnd_atari
 
 TINY = ["--model", "A", "--num-envs", "2", "--num-steps", "4", "--num-minibatches", "1", "--update-epochs", "1"]
 
