@@ -153,6 +153,17 @@ def test_a_half_written_file_keeps_its_whole_records(tmp_path: Path, capsys: pyt
     assert "is half-written" in error_of(capsys, folder)
 
 
+def test_a_damaged_file_keeps_its_records_before_the_damage(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = write_run(tmp_path / "run", scores={step: float(step) for step in range(100, 1100, 100)})
+    file = next(folder.iterdir())
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    file.write_bytes(content)
+    steps = curves.read_events(folder, None).series["score"][0].tolist()
+    assert 2 <= len(steps) < 10 and steps == list(range(100, 100 * len(steps) + 1, 100))
+    assert capsys.readouterr().err.count("half-written or damaged") == 1
+
+
 def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "empty").mkdir()
     assert "no runs found" in error_of(capsys, tmp_path / "empty")
@@ -177,6 +188,8 @@ def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     write_run(tmp_path / "twice/x/seed_1")
     write_run(tmp_path / "twice/x/1")
     assert "twice" in error_of(capsys, tmp_path / "twice")
+    (tmp_path / "other.csv").write_text("game,method,seed,agent_steps,score\nventure,x,1,100,3\nventure,x,1,200,3\n")
+    assert "twice" in error_of(capsys, "--runs", f"x={tmp_path}/twice/x/1", f"x={tmp_path}/other.csv")
 
     write_run(tmp_path / "differ/x/seed_1", seed=1, model="A")
     write_run(tmp_path / "differ/x/seed_2", seed=2, model="C")
