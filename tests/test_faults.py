@@ -89,7 +89,8 @@ def test_signal_to_the_group_before_training(folder: Path) -> None:
     os.killpg(process.pid, signal.SIGTERM)
     status, out, err = finish(process)
     assert status == 128 + signal.SIGTERM, err
-    assert not out and "Traceback" not in err and "Error" not in err, err
+    assert out.startswith("runs/run | ") and out.count("\n") == 1
+    assert "Traceback" not in err and "Error" not in err, err
     assert not list(folder.glob("runs/*"))
 
 
