@@ -417,6 +417,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__, args=words[:end])
     runs = make_runs(args, words[end + 1 :])
     if args.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe
         for run in runs:
             print(shlex.join(run.full_command()))
         return

@@ -229,6 +229,15 @@ def test_stop_and_resume(tmp_path: Path, number: int) -> None:
     assert [" --resume runs/m/Pitfall/seed_1" in line for line in dry] == [True, False]
 
 
+def test_a_dry_run_may_be_cut_short(tmp_path: Path) -> None:
+    """As by `| head`, which closes the pipe."""
+    command = words("--commands", "a", "true", "--env-ids", "Pitfall-v5", "--num-seeds", "20000", "--dry-run")
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"Pitfall" in process.stdout.readline()
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(PATIENCE)) == (b"", -signal.SIGPIPE)
+
+
 @pytest.mark.parametrize("loss", ["hangup", "broken pipe"])
 def test_runs_are_not_lost_with_the_screen(tmp_path: Path, loss: str) -> None:
     """A closed terminal, which shows the live table before, stops them as SIGTERM does; a closed pipe disturbs none."""
