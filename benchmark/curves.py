@@ -107,7 +107,7 @@ def game_key(name: str) -> str:
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
-def cut_off(path: Path) -> bool:
+def is_damaged(path: Path) -> bool:
     """Whether an event file cannot be read to its end: half-written, or a checksum is wrong."""
     reader = PyRecordReader_New(str(path))
     with contextlib.suppress(OutOfRangeError):  # the end
@@ -134,8 +134,8 @@ def method_of(run_dir: Path, game: str) -> str:
 
 def read_events(run_dir: Path, method: str | None) -> Run:
     """One run from its event files; what a resumed run did twice counts once. Exit status 2 if it cannot be used."""
-    broken = [path.name for path in sorted(run_dir.glob("events.out.tfevents.*")) if cut_off(path)]
-    note = f" ({broken[0]} is half-written)" if broken else ""
+    broken = [path.name for path in sorted(run_dir.glob("events.out.tfevents.*")) if is_damaged(path)]
+    note = f" ({broken[0]} is half-written or damaged)" if broken else ""
     events = event_accumulator.EventAccumulator(str(run_dir), {event_accumulator.SCALARS: 0})
     events.Reload()
     tags = events.Tags()
