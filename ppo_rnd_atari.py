@@ -930,7 +930,7 @@ def open_run(run_dir: Path, new: bool) -> None:
         lock = os.open(run_dir / "lock", os.O_WRONLY | os.O_CREAT)  # never closed: that would give the lock back
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, forked workers do not inherit it
     except (BlockingIOError, PermissionError):
-        fail(f"{run_dir} is in use by another process, or may not be written")
+        fail(f"{run_dir} is in use by another process, or you may not write there")
     except OSError as error:
         fail(f"cannot write to {run_dir}: {error.strerror}")
     if new and (run_dir / "checkpoint.pt").exists():
@@ -988,8 +988,8 @@ def try_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict, 
 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint of this script, running nothing that the file contains; exit status 2 if it is not one."""
-    if not path.is_file():
-        fail(f"--resume {path.parent}: there is no checkpoint.pt in that folder")
+    if not os.path.isfile(path):  # unlike is_file it never raises
+        fail(f"--resume {path.parent}: give the folder of a run, with its checkpoint.pt")
     # The types that an argument may have, or the values of a Literal.
     allowed = {field.name: {*(get_args(field.type) or [field.type])} for field in fields(Args)}
     try:

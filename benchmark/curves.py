@@ -15,15 +15,14 @@ import itertools
 import logging
 import math
 import re
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from cli import fail, warn
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter
 from rliable.library import get_interval_estimates
@@ -85,17 +84,6 @@ class Run:
     def reached(self, steps: np.ndarray) -> np.ndarray:
         """Whether the run got to these steps; a budget need not be a multiple of an iteration, hence `spacing`."""
         return self.last_step + self.spacing > steps
-
-
-def fail(message: str) -> NoReturn:
-    """End the program with one line on standard error, exit status 2."""
-    print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def warn(message: str) -> None:
-    """One line on standard error."""
-    print(f"{Path(sys.argv[0]).stem}: warning: {message}", file=sys.stderr)
 
 
 def game_key(name: str) -> str:
@@ -181,8 +169,9 @@ def read_csv(path: Path, method: str | None = None) -> list[Run]:
             fail(f"{path} has no column {', '.join(missing)}; expected: {', '.join(CSV_COLUMNS)}")
         columns = ["agent_steps", *(metric for metric in METRICS if metric in table)]
         table = table.astype({"seed": int} | dict.fromkeys(columns, float)).sort_values("agent_steps", kind="stable")
-        if not (table["agent_steps"] >= 1).all():
-            raise ValueError("agent_steps must be at least 1")
+        if not (table["agent_steps"] >= 0).all():
+            raise ValueError("agent_steps must be at least 0")
+        table = table[table["agent_steps"] > 0]  # before the first step there is nothing to average
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         fail(f"{path} is not a readable CSV of curves: {str(error).splitlines()[0]}")
     names = table["method"].unique()
@@ -229,7 +218,8 @@ def check_runs(runs: list[Run]) -> None:
         name = f"{run.method}, {run.game}"
         twin = first.setdefault((run.game, run.method, run.seed), run)
         if twin is not run:
-            fail(f"seed {run.seed} of {name} is there twice: {twin.source} and {run.source}")
+            twice = f"seed {run.seed} of {name} is there twice: {twin.source} and {run.source}"
+            fail(f"{twice}; leave one out, or give them different method names with --runs METHOD=PATH")
         other = first.setdefault((run.game, run.method), run)
         for key in sorted((set(run.args) & set(other.args)) - FREE_ARGS):
             if run.args[key] != other.args[key]:

@@ -8,20 +8,24 @@ An episode is a whole game, under the protocol the run was trained with. No scre
 """
 
 import argparse
+import contextlib
 import importlib
+import itertools
 import math
+import os
 import re
 import sys
-import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import cv2
 import imageio.v2 as imageio
 import numpy as np
 import torch
+from cli import check_output, fail
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]  # where the training scripts are
@@ -40,42 +44,22 @@ class Episode:
     int_rewards: list[float]
 
 
-def fail(message: str) -> NoReturn:
-    """End the program with one line on standard error, exit status 2."""
-    print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check_output(path: Path) -> None:
-    """Make the folder of the results; exit status 2 if it cannot be written, before anything is played."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        fail(f"cannot write to {path.parent}: {error.strerror}")
-    if not path.name:
-        fail(f"--output {path}: must end in a name; the endings are added")
-
-
-def load_run(run_dir: Path, script: Path | None = None) -> tuple[ModuleType, Any, dict]:
+def load_run(run_dir: Path, scripts: Sequence[Path] = ()) -> tuple[ModuleType, Any, dict]:
     """The module of a run's script, its arguments and its checkpoint; exit status 2 if one of them is missing.
 
-    The script is the one that the checkpoint names, in the project's folder, unless `script` is its path.
+    The checkpoint names the script, which is one of `scripts` or lies in the project's folder.
     """
     path = run_dir / "checkpoint.pt"
-    if not path.is_file():
-        fail(f"{run_dir}: there is no checkpoint.pt in that folder")
-    if script is None:
-        try:
-            name = torch.load(path, map_location="cpu", weights_only=True)["script"]
-            known = bool(re.fullmatch(r"\w+", name)) and (ROOT / f"{name}.py").is_file()
-        except Exception as error:  # whatever a broken or foreign file makes the reader raise
-            fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
-        if not known:
-            fail(f"{path} was written by {name!r}, which is not in {ROOT}; enjoy.py takes its path with --script")
-        script = ROOT / f"{name}.py"
-    elif not script.is_file():
-        fail(f"--script {script}: there is no such file")
+    if not os.path.isfile(path):
+        fail(f"{run_dir}: give the folder of a run, with its checkpoint.pt")
+    try:
+        name = torch.load(path, map_location="cpu", weights_only=True)["script"]
+        script = {path.stem: path for path in scripts}.get(name, ROOT / f"{name}.py")
+        known = bool(re.fullmatch(r"\w+", name)) and script.is_file()
+    except Exception as error:  # whatever a broken or foreign file makes the reader raise
+        fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
+    if not known:
+        fail(f"{path} was written by {name}.py, which is not in {script.parent}; give its path with --script")
     folder = str(script.resolve().parent)
     for name in ("models", script.stem):  # a copied script has a models.py of its own
         sys.modules.pop(name, None)
@@ -89,6 +73,18 @@ def load_run(run_dir: Path, script: Path | None = None) -> tuple[ModuleType, Any
     finally:
         sys.path.remove(folder)
     return module, replace(args, compile=False), state
+
+
+def load_runs(run_dirs: Iterable[Path], scripts: Sequence[Path]) -> dict[Path, tuple[ModuleType, Any, dict]]:
+    """{folder: what load_run returns}; exit status 2 also for one of `scripts` that is not there or not needed."""
+    for script in scripts:
+        if not script.is_file():
+            fail(f"--script {script}: there is no such file")
+    runs = {run_dir: load_run(run_dir, scripts) for run_dir in run_dirs}
+    for script in scripts:
+        if script.stem not in {state["script"] for _, _, state in runs.values()}:
+            fail(f"--script {script}: no checkpoint was written by a script of that name")
+    return runs
 
 
 def make_game(module: ModuleType, args: Any, seed: int) -> Any:
@@ -143,9 +139,9 @@ def play(
     name: str,
     greedy: bool,
     max_steps: int | None,
-    film: list | None,
+    film: Callable[[np.ndarray], None] | None,
 ) -> Episode:
-    """Play one game to its end (or for `max_steps`); appends its pictures to `film` unless that is None."""
+    """Play one game to its end (or for `max_steps`); hands each picture to `film` unless that is None."""
     device = next(learner.agent.parameters()).device
     episode, room = Episode(0.0, 0, set(), []), None
     obs, info = game.reset()
@@ -161,7 +157,7 @@ def play(
             episode.int_rewards.append(intrinsic_reward(module, learner, args, batch))
         if film is not None:
             shown = episode.int_rewards[-1] if episode.int_rewards else 0.0
-            film.append(picture(game.ale.getScreenRGB(), episode.score, room, shown))
+            film(picture(game.ale.getScreenRGB(), episode.score, room, shown))
         if over:
             return episode
         if life_lost:  # under --episodic-life a reset plays no-ops and FIRE, and the game goes on
@@ -175,23 +171,33 @@ def play(
         over = info["terminated"] or truncated or episode.length == max_steps
 
 
-def write_film(path: Path, film: list[np.ndarray]) -> None:
-    """Write PATH.mp4 and PATH.gif, or neither; raises OSError."""
-    kinds = {
-        ".mp4": (film, dict(fps=FRAME_RATE, codec="libx264", quality=8, ffmpeg_log_level="error")),
-        ".gif": (film[: GIF_SECONDS * FRAME_RATE : 2], dict(duration=2000 / FRAME_RATE, loop=0)),
-    }
-    parts = {ending: path.with_name(f".{path.name}.part{ending}") for ending in kinds}
+@contextlib.contextmanager
+def film_to(path: Path) -> Iterator[Callable[[np.ndarray], None]]:
+    """Gives a function that takes one picture after the other; at the end, PATH.mp4 and PATH.gif are there, or neither.
+
+    Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mp4, gif = (path.with_name(f".{path.name}.part{ending}") for ending in (".mp4", ".gif"))
+    mp4_options = dict(fps=FRAME_RATE, codec="libx264", quality=8, ffmpeg_log_level="error")
+    numbers = itertools.count()
     try:
-        for ending, (frames, options) in kinds.items():
-            with imageio.get_writer(parts[ending], **options) as writer:
-                for frame in frames:
-                    writer.append_data(frame)
-        for ending, part in parts.items():
-            part.replace(f"{path}{ending}")
+        with (
+            imageio.get_writer(mp4, **mp4_options) as mp4_writer,
+            imageio.get_writer(gif, duration=2000 / FRAME_RATE, loop=0) as gif_writer,
+        ):
+
+            def add(image: np.ndarray) -> None:
+                mp4_writer.append_data(image)
+                if (number := next(numbers)) < GIF_SECONDS * FRAME_RATE and number % 2 == 0:
+                    gif_writer.append_data(image)
+
+            yield add
+        mp4.replace(f"{path}.mp4")
+        gif.replace(f"{path}.gif")
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        mp4.unlink(missing_ok=True)
+        gif.unlink(missing_ok=True)
 
 
 def summary(episodes: list[Episode]) -> str:
@@ -238,7 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     output = options.output or options.run / "enjoy"
     if options.film_episodes:
         check_output(output)
-    module, args, state = load_run(options.run, options.script)
+    (run,) = load_runs([options.run], [options.script] if options.script else []).values()
+    module, args, state = run
     module.check_args(replace(args, seed=options.seed))
     name = module.game_of(replace(args, env_backend="gymnasium"))
     game = make_game(module, args, options.seed)
@@ -249,20 +256,24 @@ def main(argv: list[str] | None = None) -> None:
 
     step = state["counters"]["iteration"] * args.num_envs * args.num_steps
     print(f"{name}, {state['script']}, step {step:,}, {'greedy' if options.greedy else 'sampled'} actions")
-    film, episodes = [], []
-    with tqdm(total=options.episodes, unit="episode", disable=None) as bar:  # None: only in a terminal
-        for i in range(options.episodes):
-            frames = film if i < options.film_episodes else None
-            episodes.append(play(module, game, learner, args, name, options.greedy, options.max_steps, frames))
-            bar.set_postfix(score=f"{episodes[-1].score:,.0f}", steps=episodes[-1].length)
-            bar.update()
+    episodes = []
+    rules = (name, options.greedy, options.max_steps)
+    try:
+        with (
+            film_to(output) if options.film_episodes else contextlib.nullcontext() as film,
+            tqdm(total=options.episodes, unit="episode", disable=None) as bar,  # None: only in a terminal
+        ):
+            for i in range(options.episodes):
+                filmed = film if i < options.film_episodes else None
+                episodes.append(play(module, game, learner, args, *rules, filmed))
+                bar.set_postfix(score=f"{episodes[-1].score:,.0f}", steps=episodes[-1].length)
+                bar.update()
+    except OSError as error:
+        fail(f"cannot write to {output.parent}: {error.strerror or str(error).splitlines()[0]}")
     print(summary(episodes))
-    if film:
-        try:
-            write_film(output, film)
-        except OSError as error:
-            fail(f"cannot write to {output.parent}: {error.strerror or str(error).splitlines()[0]}")
-        print(f"{output}.mp4, {output}.gif: {len(film) / FRAME_RATE:.0f} s of play")
+    if options.film_episodes:
+        seconds = sum(episode.length + 1 for episode in episodes[: options.film_episodes]) / FRAME_RATE
+        print(f"{output}.mp4, {output}.gif: {seconds:.0f} s of play")
 
 
 if __name__ == "__main__":

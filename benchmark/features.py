@@ -23,7 +23,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from enjoy import check_output, choose_actions, fail, load_learner, load_run, make_game
+from cli import check_output, fail
+from enjoy import choose_actions, load_learner, load_runs, make_game
 from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances
@@ -163,6 +164,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("features"), help="results, without ending (default: features)"
     )
+    parser.add_argument(
+        "--script", type=Path, nargs="+", default=[], help="training scripts of the runs that are not the project's own"
+    )
     options = parser.parse_args(argv)
     for name, least in dict(states=NEIGHBOURS + 2, every=1, games=1, random_actions=0).items():
         if not getattr(options, name) >= least:
@@ -176,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     check_output(options.output)
     policy = options.policy or options.runs[-1]
-    loaded = {run: load_run(run) for run in dict.fromkeys([*options.runs, policy])}
+    loaded = load_runs([*options.runs, policy], options.script)
     games = {run: module.game_of(args) for run, (module, args, _) in loaded.items()}
     game = games[policy]
     module, args, _ = loaded[policy]
@@ -217,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "features"  # the same picture is the same file
     try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         draw(options.output, game, points, rooms, numbers)
         options.output.with_name(f"{options.output.name}.json").write_text(json.dumps(record, indent=2) + "\n")
         options.output.with_name(f"{options.output.name}.md").write_text(text)

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from throughput import Script, check_out, fail, run_main
+from cli import check_output, fail
+from throughput import Script, run_main
 from torch import Tensor
 
 PRECISIONS = ["float32", "TF32", "bfloat16"]
@@ -307,10 +308,12 @@ def main() -> None:
             fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be larger than 0")
     if options.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: there is no CUDA device")
-    check_out(options.out)
+    if options.out:
+        check_output(options.out)
     figures = measure(options)
     print(table(figures))
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import submitit
 import tyro
+from cli import fail
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -80,12 +80,6 @@ class Run:
         """The command, with --resume if there is a checkpoint to go on from."""
         resume = ["--resume", str(self.folder)] if (self.folder / "checkpoint.pt").exists() else []
         return self.command + resume
-
-
-def fail(message: str) -> NoReturn:
-    """End the program with one line on standard error, exit status 2."""
-    print(f"run.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def make_runs(args: Args, extra_flags: list[str]) -> list[Run]:
@@ -277,7 +271,7 @@ def run_here(runs: list[Run], workers: int) -> int:
         while running or (waiting and not stop.count):
             if stop.count > passed_on:
                 passed_on = stop.count
-                report.say(f"stopping {len(running)} runs after their checkpoints; once more stops now")
+                report.say(f"stopping after a checkpoint: {len(running)} of {len(runs)} runs; once more stops now")
                 for _, _, process in running.values():
                     process.terminate()
             for slot in range(workers):

@@ -27,12 +27,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NoReturn
+from typing import Literal
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import tyro
+from cli import check_output, fail
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie in the folder above
 
@@ -89,21 +90,6 @@ PARTS = {
 PHASES = ["collect_rollout", "save_checkpoint"] + [name for names in PARTS.values() for name in names]
 
 Call = tuple[str, float, float]  # name, start and end in seconds
-
-
-def fail(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on standard error."""
-    print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def check_out(out: Path | None) -> None:
-    """Refuse a result file that cannot be written, before anything is measured; exit status 2."""
-    if out is None:
-        return
-    folder = out.absolute().parent
-    if out.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
-        fail(f"--out {out}: cannot be written; give a file in a folder that exists")
 
 
 def script_flags(values: dict) -> list[str]:
@@ -246,7 +232,7 @@ def measure(options: Options) -> dict:
         },
         "bf16_used": script.autocast(args, torch.device("cuda" if on_gpu else "cpu"))._enabled,
         "steps_per_second": {
-            "raw environment": raw_rate,
+            "environments alone": raw_rate,
             "rollout alone": batch_size / rollout,
             "update alone": batch_size / seconds["update"],
             "training": training_rate,
@@ -275,7 +261,7 @@ def table(figures: dict) -> str:
         f"{'':<38}{'steps/s':>10}",
     ]
     lines += [f"{name:<38}{rate:>10,.0f}" for name, rate in figures["steps_per_second"].items()]
-    lines += [f"{'training / raw environment':<38}{figures['training_to_raw_environment']:>10.1%}"]
+    lines += [f"{'training / environments alone':<38}{figures['training_to_raw_environment']:>10.1%}"]
     heading = "one iteration" if figures["peak_gpu_bytes"] is None else "one iteration, part after part"
     lines += ["", f"{heading:<38}{'seconds':>10}{'share':>9}"]
     lines += [f"{part:<38}{s:>10.3f}{s / seconds['total']:>9.1%}" for part, s in seconds.items()]
@@ -293,10 +279,12 @@ def main() -> None:
         fail("--device cuda: there is no CUDA device")
     if options.iterations < 2 + uses_gpu(options):
         fail(f"--iterations {options.iterations}: must be at least 2, on a GPU 3, for the first are not counted")
-    check_out(options.out)
+    if options.out:
+        check_output(options.out)
     figures = measure(options)
     print(table(figures))
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 

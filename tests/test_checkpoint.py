@@ -322,10 +322,11 @@ def test_damaged_file_is_refused(rnd_state: dict, tmp_path: Path, capsys: pytest
         assert str(path) in assert_refused(path, capsys)
     path.unlink()
     assert call_main(importlib.import_module(RND), ["--resume", str(tmp_path)]) == 2
-    assert "no checkpoint.pt" in one_line(capsys)
+    assert "give the folder of a run" in one_line(capsys)
     path.mkdir()
-    assert call_main(importlib.import_module(RND), ["--resume", str(tmp_path)]) == 2
-    assert "no checkpoint.pt" in one_line(capsys)
+    for folder in (tmp_path, tmp_path / ("n" * 300)):  # the latter is a name that no folder can have
+        assert call_main(importlib.import_module(RND), ["--resume", str(folder)]) == 2
+        assert "give the folder of a run" in one_line(capsys)
 
 
 def test_no_flipped_byte_goes_unnoticed(rnd_state: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -118,7 +118,7 @@ def test_default_window(last: int, spacing: int, window: int):
 
 def test_a_reference_lies_under_the_figure(tmp_path: Path, capsys: pytest.CaptureFixture):
     write_run(tmp_path / "a/seed_1", env_id="VentureNoFrameskip-v4", scores={100: 1.0, 200: 2.0, 300: 3.0})
-    rows = [f"venture,method_{i},0,{step},5.0," for i in range(7) for step in (100, 200, 300)]
+    rows = [f"venture,method_{i},0,{step},5.0," for i in range(7) for step in (0, 100, 200, 300)]
     reference = tmp_path / "others.csv"
     reference.write_text("\n".join(["game,method,seed,agent_steps,score,explored_rooms", *rows]))
     arguments = [str(tmp_path / "a"), "--output", str(tmp_path / "out"), "--reference", str(reference)]
@@ -195,5 +195,7 @@ def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     write_run(tmp_path / "differ/x/seed_2", seed=2, model="C")
     assert "differ in model" in error_of(capsys, tmp_path / "differ")
 
+    (tmp_path / "bad.csv").write_text("game,method,seed,agent_steps,score\nVenture,x,1,-1,2\n")
+    assert "agent_steps must be at least 0" in error_of(capsys, tmp_path / "bad.csv")
     (tmp_path / "bad.csv").write_text("game,method\nVenture,x\n")
     assert "no column seed, agent_steps" in error_of(capsys, tmp_path / "bad.csv")

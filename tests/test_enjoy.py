@@ -54,7 +54,7 @@ def test_the_film_shows_the_game_in_colour_with_its_numbers(breakout: Path):
     game = module.AtariGame("breakout", 1, 0.25, False)
     learner = enjoy.load_learner(module, args, state, 4, breakout / "checkpoint.pt", torch.device("cpu"))
     film = []
-    episode = enjoy.play(module, game, learner, args, "Breakout", False, 30, film)
+    episode = enjoy.play(module, game, learner, args, "Breakout", False, 30, film.append)
     assert (episode.length, len(film), len(episode.int_rewards)) == (30, 31, 30)
     assert np.array_equal(film[-1][:210], game.ale.getScreenRGB())
     assert np.ptp(film[-1][:210].astype(int), axis=-1).max() > 50  # colours, not grey
@@ -123,22 +123,27 @@ def test_a_copied_script_plays_with_script(breakout: Path, tmp_path: Path, capsy
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run/checkpoint.pt")
     arguments = [tmp_path / "run", "--episodes", "1", "--max-steps", "5", "--film-episodes", "0"]
-    assert "'my_snd'" in error_of(capsys, *arguments)
+    assert "written by my_snd.py" in error_of(capsys, *arguments)
     enjoy.main([*map(str, arguments), "--script", str(copy)])
     assert "Breakout, my_snd, step 1,280" in capsys.readouterr().out
-    assert "written by" in error_of(capsys, breakout, "--script", copy)
+    runs = enjoy.load_runs([breakout, tmp_path / "run"], [copy]).values()  # the project's own beside it
+    assert [Path(module.__file__) for module, _, _ in runs] == [ROOT / "ppo_snd_atari.py", copy]
+    assert "no checkpoint was written by" in error_of(capsys, breakout, "--script", copy)
 
 
 def test_bad_input_ends_with_one_line(breakout: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert "no checkpoint.pt" in error_of(capsys, tmp_path)
+    assert "give the folder of a run" in error_of(capsys, tmp_path / "none")
+    assert "give the folder of a run" in error_of(capsys, tmp_path / ("n" * 300))  # a name that no folder can have
+    assert "is a folder" in error_of(capsys, breakout, "--output", tmp_path)
+    assert not list(tmp_path.iterdir())
     assert "--episodes 0" in error_of(capsys, breakout, "--episodes", 0)
     assert "no such file" in error_of(capsys, breakout, "--script", tmp_path / "none.py")
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     assert "not a readable checkpoint" in error_of(capsys, tmp_path)
     torch.save({"weights": torch.zeros(2)}, tmp_path / "checkpoint.pt")
     assert "not a readable checkpoint" in error_of(capsys, tmp_path)
-    (tmp_path / "script.py").write_text("x = 1\n")
-    assert "not a training script" in error_of(capsys, breakout, "--script", tmp_path / "script.py")
+    (tmp_path / "ppo_snd_atari.py").write_text("x = 1\n")
+    assert "not a training script" in error_of(capsys, breakout, "--script", tmp_path / "ppo_snd_atari.py")
     (tmp_path / "file").write_text("")
     arguments = ["--episodes", 1, "--max-steps", 2, "--output", tmp_path / "file/film"]
     assert "cannot write to" in error_of(capsys, breakout, *arguments)

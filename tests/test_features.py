@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import enjoy
 import features
 import numpy as np
 import pytest
@@ -40,8 +41,8 @@ def test_two_runs_see_the_same_states(runs: dict[str, Path], tmp_path: Path, cap
 
 
 def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
-    module, args, state = features.load_run(runs["snd"])
-    learner = features.load_learner(module, args, state, 18, runs["snd"] / "checkpoint.pt", torch.device("cpu"))
+    module, args, state = enjoy.load_run(runs["snd"])
+    learner = enjoy.load_learner(module, args, state, 18, runs["snd"] / "checkpoint.pt", torch.device("cpu"))
     states, rooms = features.collect_states(module, learner, features.replace(args, num_envs=1), 60, 1, 1.0, seed=1)
     envs, rng = module.AtariEnvs(features.replace(args, num_envs=1), 1), np.random.default_rng(1)
     for seen, room in zip(states, rooms, strict=True):  # the same seed, the same random actions: the same game
@@ -53,8 +54,8 @@ def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
 
 def test_look_against_plain_arithmetic(runs: dict[str, Path]):
     """Features and rewards of real frames, RND's normalisation and reward written out."""
-    module, args, state = features.load_run(runs["rnd"])
-    learner = features.load_learner(module, args, state, 18, runs["rnd"] / "checkpoint.pt", torch.device("cpu"))
+    module, args, state = enjoy.load_run(runs["rnd"])
+    learner = enjoy.load_learner(module, args, state, 18, runs["rnd"] / "checkpoint.pt", torch.device("cpu"))
     states, _ = features.collect_states(module, learner, features.replace(args, num_envs=2), 20, 3, 1.0, seed=1)
     seen, rewards = features.look(module, learner, args, states)
     x = torch.from_numpy(states[:, -1:] / np.float32(256)) - learner.obs_stats.mean.float()
@@ -82,7 +83,7 @@ def test_numbers_of_known_features():
 
 def test_bad_input_ends_with_one_line(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
     breakout = trained_run("ppo_snd_atari", "Breakout", 5)
-    assert "no checkpoint.pt" in error_of(capsys, runs["rnd"], tmp_path)
+    assert "give the folder of a run" in error_of(capsys, runs["rnd"], tmp_path)
     assert "different games" in error_of(capsys, runs["rnd"], breakout)
     assert "rooms of Breakout are unknown" in error_of(capsys, breakout)
     assert "--states 5" in error_of(capsys, breakout, "--states", 5)

@@ -341,6 +341,7 @@ SlurmdPort={node_port}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 SwitchType=switch/none
 MpiDefault=none
 JobRequeue=1
@@ -395,6 +396,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             yield
         finally:
             subprocess.run(["scancel", "--user=root"], capture_output=True)
+            while subprocess.run(["squeue", "--noheader"], capture_output=True).stdout:
+                time.sleep(0.5)
             for daemon in reversed(daemons):
                 daemon.terminate()
             for daemon in daemons:
@@ -481,6 +484,26 @@ def test_second_warning_lets_a_run_save() -> None:
     os.kill(os.getpid(), signal.SIGUSR2)
     second.join()
     assert job.process.wait() == 7
+
+
+@pytest.mark.usefixtures("slurm")
+def test_array_keeps_its_limit_and_outlives_the_watch(tmp_path: Path) -> None:
+    """One job at a time though there is room for more, sbatch's options arrive, Ctrl-C leaves the jobs alone."""
+    flags = ["--num-seeds", "3", "--workers", "1", "--slurm-options", "comment", "mine", *SLURM_FLAGS]
+    process = start(
+        tmp_path, "--commands", "m", python("import time; time.sleep(60)"), "--env-ids", "Pitfall-v5", *flags
+    )
+    log = tmp_path / "runs/m/Pitfall/seed_1.log"
+    wait_until(log.exists, process)  # SLURM has looked at the array, and has started what it may
+    jobs = jobs_in_state("RUNNING") + jobs_in_state("PENDING")
+    assert [len(jobs_in_state(state)) for state in ("RUNNING", "PENDING")] == [1, 2]
+    comments = subprocess.run(["squeue", "--noheader", "--array", "--format=%k"], capture_output=True, text=True).stdout
+    assert comments.split() == ["mine"] * 3
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert set(re.search("scancel (.*)", out)[1].split()) == set(jobs) == set(jobs_in_state("RUNNING,PENDING"))
+    subprocess.run(["scancel", *jobs], check=True)
 
 
 @pytest.mark.usefixtures("slurm")
