@@ -199,3 +199,14 @@ def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "agent_steps must be at least 0" in error_of(capsys, tmp_path / "bad.csv")
     (tmp_path / "bad.csv").write_text("game,method\nVenture,x\n")
     assert "no column seed, agent_steps" in error_of(capsys, tmp_path / "bad.csv")
+
+
+def test_a_method_keeps_its_colour_and_seeds_make_a_band(tmp_path: Path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"a/Venture/seed_{seed}", seed=seed)
+        write_run(tmp_path / f"b/Pitfall/seed_{seed}", seed=seed, env_id="ALE/Pitfall-v5", scores={100: seed, 200: 3.0})
+    curves.main([str(tmp_path), "--output", str(tmp_path / "out"), "--window", "100"])
+    venture, pitfall = ((tmp_path / f"out/{game}_score.svg").read_text() for game in ("Venture", "Pitfall"))
+    first, second = (colour.lower() for colour in curves.COLOURS[:2])
+    assert first in venture and second not in venture and second in pitfall and first not in pitfall
+    assert f"fill: {second}; fill-opacity: 0.2" in pitfall
