@@ -8,7 +8,7 @@ import ppo_snd_entropy_atari as entropy
 
 
 class SlowBuffer:
-    """The last `size` features of each environment as plain lists."""
+    """The last `size` features of each environment as plain lists, moved along when the encoder has learned."""
 
     def __init__(self, size: int, first: torch.Tensor):
         self.size = size
@@ -19,6 +19,11 @@ class SlowBuffer:
         for i, feature in enumerate(features):
             self.windows[i] = [feature] * self.size if starts[i] else [*self.windows[i][1:], feature]
         return torch.stack([torch.stack(window).double().std(dim=0) for window in self.windows])
+
+    def rebase(self, features: torch.Tensor) -> None:
+        """Move every window so that it ends in features (N, dims)."""
+        for i, window in enumerate(self.windows):
+            self.windows[i] = [feature + (features[i] - window[-1]) for feature in window]
 
 
 @pytest.mark.parametrize(("size", "offset", "steps"), [(2, 0, 200), (5, 1000, 400), (32, -300, 1500), (128, 30, 1000)])
@@ -59,28 +64,39 @@ def test_feature_buffer_starts_full() -> None:
     assert (buffer.push(first, no_start) == 0).all()
     deviations = buffer.push(first + 2, no_start)
     torch.testing.assert_close(deviations, torch.tensor([[1.0, 1.0]]))  # of (0, 0, 0, 2)
+    buffer.rebase(first + 1e9)  # a start forgets how far the encoder has moved
     assert (buffer.push(first + 9, torch.tensor([True])) == 0).all()
+    torch.testing.assert_close(buffer.push(first + 11, no_start), torch.tensor([[1.0, 1.0]]))
 
 
 @torch.no_grad()
 def test_state_entropy_rewards() -> None:
-    """Row t is paid for the window up to obs[t + 1]; an episode's first observation fills it; rollouts join."""
+    """Row t is paid for the window up to obs[t + 1]; an episode's first observation fills it; rollouts join.
+
+    Between the rollouts the encoder learns: who stands still is not paid for that.
+    """
     args = make_args(entropy, entropy_buffer_size=3, entropy_scale=0.9, num_steps=10)
     learner, buffer, slow = make_learner(entropy, args), None, None
     dones = torch.zeros(10, 4, dtype=torch.bool)
-    dones[4, 0] = dones[9, 1] = dones[0, 2] = dones[7, 2] = True
+    dones[4, 0] = dones[9, 1] = dones[0, 2] = dones[7, 2] = True  # game 3 goes on
     rollouts = [make_rollout(entropy, dones, dones, torch.tensor([True] * 4))]
     rollouts.append(make_rollout(entropy, dones.roll(2, 0), dones.roll(2, 0), ~dones[9], seed=1))
     rollouts[1].obs[0] = rollouts[0].obs[-1]
+    rollouts.append(make_rollout(entropy, ~dones & False, ~dones & False, ~dones[7], seed=2))
+    rollouts[2].obs[0] = rollouts[1].obs[-1]
+    rollouts[1].obs[8:, 3] = rollouts[2].obs[:, 3] = rollouts[1].obs[7, 3]  # game 3 stands still
     for rollout in rollouts:
         rewards, buffer = entropy.state_entropy_rewards(learner, rollout, buffer, args)
         features = [learner.encoder(obs.float() / 256) for obs in rollout.obs]
         slow = slow or SlowBuffer(3, features[0])
+        slow.rebase(features[0])
         for t in range(10):
             expected = (0.9 * slow.push(features[t + 1], ~rollout.valid[t]).mean(dim=1)).clamp(0, 1)
             assert (rewards[t][~rollout.valid[t]] == 0).all()
             torch.testing.assert_close(rewards[t].double(), expected, atol=1e-4, rtol=0)
-    assert 0 < rewards[rollout.valid].max() < 1
+        for parameter in learner.encoder.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    assert rewards[:, 3].max() < 1e-3 < 0.1 < rewards[:, :3].mean() and rewards.max() < 1
 
 
 def test_entropy_reward_is_clipped() -> None:
