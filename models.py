@@ -120,7 +120,7 @@ class CoarseGradients(torch.autograd.Function):
     """Convolutions and linear layers with ELUs or ReLUs between, on a CPU, whose gradients are in bfloat16.
 
     For processors that multiply bfloat16 several times as fast. In float32 the features, and so rewards and losses,
-    stay exact; the parameters' gradients are off by less than 0.4 % of their norm. There is none for the input.
+    stay exact; the parameters' gradients are off by about half a percent of their norm. There is none for the input.
     """
 
     @staticmethod

@@ -185,7 +185,8 @@ def check_args(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             above = "larger than 0" if least == TINY else f"at least {least}"
-            fail(f"{flag(name)} {value}: must be {above}{'' if most == HUGE else f' and at most {most}'}")
+            below = f" and at most {most}" if most < HUGE else " and finite" * (not math.isfinite(value))
+            fail(f"{flag(name)} {value}: must be {above}{below}")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches}: must divide --num-envs x --num-steps = {batch_size}")
@@ -308,8 +309,9 @@ class AtariGame(gymnasium.Env):
         game_over, life_lost = self.ale.game_over(), 0 < self.ale.lives() < self.lives
         self.lives = self.ale.lives()
         truncated = not game_over and self.elapsed_steps >= MAX_EPISODE_STEPS
+        life_over = self.episodic_life and life_lost and not truncated
         info = {"ram": self.ale.getRAM(), "reward": reward, "terminated": game_over}
-        return self.obs.copy(), reward, game_over or (self.episodic_life and life_lost), truncated, info
+        return self.obs.copy(), reward, game_over or life_over, truncated, info
 
     def push_frame(self, screen: np.ndarray, whole_stack: bool = False) -> None:
         """Append a (height, width) grayscale screen to the stack, or fill the stack with it."""
@@ -395,9 +397,11 @@ class AtariEnvs:
         """End a group's step; returns its unclipped rewards float32, and `terminated` and `done` bool."""
         rows = self.groups[group]
         self.frames[group], _, terminated, truncated, info = self.envs[group].recv()
+        game_over = info["terminated"].astype(bool)
+        terminated |= game_over  # in its last permitted step, EnvPool calls a game that is over only truncated
         self.scores[rows] += info["reward"]
         self.steps[rows] += ~self.next_done[rows]  # a reset row is no step
-        for i in rows.start + np.flatnonzero(info["terminated"].astype(bool) | truncated):
+        for i in rows.start + np.flatnonzero(game_over | truncated):
             self.returns.append(float(self.scores[i]))
             self.lengths.append(int(self.steps[i]))
             self.scores[i] = self.steps[i] = 0
@@ -1334,6 +1338,6 @@ if __name__ == "__main__":
     try:
         main()
     except RuntimeError as error:  # CUDA graphs and cuBLAS run out of memory under names of their own
-        if not re.search("out of memory|ALLOC_FAILED", f"{error} {error.__context__}"):
+        if not re.search("out of memory|ALLOC_FAILED|allocate memory", f"{error} {error.__context__}"):
             raise
-        fail("out of GPU memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)
+        fail("out of memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)

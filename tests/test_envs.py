@@ -190,6 +190,22 @@ def test_scores(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("episodic_life", [False, True])
+def test_an_end_in_the_last_permitted_step(
+    snd: ModuleType, monkeypatch: pytest.MonkeyPatch, backend: str, episodic_life: bool
+) -> None:
+    """A game that is over there has ended for good; of a lost life nothing is left to learn, the game is truncated."""
+    args = make_args(snd, env_backend=backend, episodic_life=episodic_life)
+    ends = np.stack(Recorder(snd, args, seed=2).play(260).dones[1:])
+    t, i = np.argwhere(ends)[0]
+    monkeypatch.setattr(snd, "MAX_EPISODE_STEPS", t + 1)
+    record = Recorder(snd, args, seed=2).play(t + 1)
+    assert record.dones[t + 1].all() and bool(record.terminations[t][i]) != episodic_life
+    assert record.infos[t]["terminated"][i] != episodic_life
+    assert record.envs.lengths == [t + 1] * args.num_envs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_reset_rows_ignore_their_action(snd: ModuleType, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """The step after an end is the same whatever the action, pays nothing and ends nothing."""
     monkeypatch.setattr(snd, "MAX_EPISODE_STEPS", 10)

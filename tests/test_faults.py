@@ -282,15 +282,22 @@ def test_lone_row_is_not_taken_for_a_fault(folder: Path, monkeypatch: pytest.Mon
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        None,
     ],
-    ids=["allocator", "graph", "cublas"],
+    ids=["allocator", "graph", "cublas", "cpu"],
 )
-def test_out_of_gpu_memory(
-    error: Exception, script_name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_out_of_memory(
+    error: Exception | None,
+    script_name: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    """One line with the flags that lower it."""
+    """One line with the flags that lower it; None is the processor's own error."""
 
     def raises(*_: object, **__: object) -> None:
+        if error is None:
+            torch.empty(2**60, dtype=torch.uint8)
         raise error
 
     monkeypatch.setattr(torch.Tensor, "backward", raises)
@@ -302,7 +309,7 @@ def test_out_of_gpu_memory(
         signal.signal(number, handler)
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "out of GPU memory" in line
+    assert "out of memory" in line
     assert {"--num-envs", "--num-steps", "--num-minibatches"} <= set(line.replace(",", "").split())
 
 

@@ -240,7 +240,7 @@ BAD_INPUT = [
     (["--run-name", ""], "run-name"),
     (["--seed", "-1"], "--seed"),
     (["--learning-rate", "nan"], "--learning-rate"),
-    (["--learning-rate", "inf"], "--learning-rate"),
+    (["--learning-rate", "inf"], "finite"),
     (["--norm-init-steps", "-1"], "--norm-init-steps"),
     (["--update-proportion", "0"], "--update-proportion"),
     (["--resume", "runs/none"], "checkpoint.pt"),
