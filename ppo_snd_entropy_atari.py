@@ -668,7 +668,7 @@ class FeatureBuffer:
     At an episode's start the whole buffer is the first feature, so the deviation starts at 0. Sums are kept in float64
     and begin anew with each episode, so they stay exact.
 
-    The encoder learns between rollouts, and what it moves must not count as change: without `rebase` (Breakout, 0.6 M
+    The encoder learns between rollouts, and what it moves must not count as change: without `rebase` (Breakout, 0.5 M
     steps) a state that never changes would be paid for deviations of up to 0.84, more than play, which has about 0.4.
     """
 
