@@ -697,9 +697,9 @@ class FeatureBuffer:
         return ((self.square_sum - self.sum.square() / size) / (size - 1)).clamp(min=0).sqrt().float()
 
     def rebase(self, features: Tensor) -> None:
-        """Take the states pushed last, which now have these features (N, dims), as where the old features still lie.
+        """Tell that the encoder has learned: the states pushed last now have these features (N, dims).
 
-        No deviation changes when all features are moved by the same shift.
+        Later features are moved back by as much; no deviation changes when all features move by the same shift.
         """
         self.shift = features - self.last
 
