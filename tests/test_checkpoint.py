@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import ENTROPY, RND, SCRIPTS, SND
+from conftest import ENTROPY, RND, SCRIPTS, SND, reward_and_estimate
 from running import (
     BATCH,
     ENDLESS,
@@ -119,6 +119,59 @@ def test_training_beside_the_next_rollout_changes_no_number(
         del results[-1][1]["charts/SPS"]
     assert_equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
+
+
+def test_rooms_and_scores_go_on(run: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run counts on from the rooms and the last 100 scores of its checkpoint."""
+    state = read_checkpoint(run[1] / "runs/run")
+    state["counters"] |= {"rooms": [1, 7], "scores": [float(score) for score in range(150)]}
+    monkeypatch.chdir(tmp_path)
+    Path("runs/run").mkdir(parents=True)
+    torch.save(state, "runs/run/checkpoint.pt")
+    assert call_main(run[0], ["--resume", "runs/run", "--total-timesteps", str(5 * BATCH)]) == 0
+    counters = read_checkpoint(Path("runs/run"))["counters"]
+    assert counters == {"iteration": 5, "rooms": [1, 7], "scores": [float(score) for score in range(50, 150)]}
+    assert read_scalars(Path("runs/run"))["charts/explored_rooms"] == [(5 * BATCH, 2)]
+
+
+def test_main_trains_and_logs(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What becomes of each rollout, step by step, with reset rows in it; and the means of the games that ended."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 5)
+    collect_rollout, seen, games = script.collect_rollout, [], []
+
+    def collect(envs: object, learner: object, *inputs: object) -> object:
+        before = None if seen else copy.deepcopy(learner)
+        assert not envs.returns and not envs.lengths
+        rollout = collect_rollout(envs, learner, *inputs)
+        envs.returns, envs.lengths = [*envs.returns, 30.0], [*envs.lengths, 35]  # a better game, too
+        games.append((np.mean(envs.returns), np.mean(envs.lengths)))
+        seen.append((before, copy.deepcopy(rollout), inputs[1], torch.get_rng_state()))
+        return rollout
+
+    monkeypatch.setattr(script, "collect_rollout", collect)
+    assert call_main(script, flags(2)) == 0
+    learner, buffer, scalars = seen[0][0], None, read_scalars(Path("runs/run"))
+    for i, (_, rollout, args, random_state) in enumerate(seen):
+        torch.set_rng_state(random_state)
+        assert not rollout.valid.all()
+        expected = {}
+        if script.__name__ == ENTROPY:
+            rewards, _ = script.state_entropy_rewards(learner, rollout, copy.deepcopy(buffer), args)
+            expected["charts/entropy_reward"] = rewards[rollout.valid].mean().item()
+        inputs, buffer = reward_and_estimate(script, learner, rollout, args, buffer)
+        explained = script.explained_variance(rollout, *inputs[:2], args)
+        rewards = script.intrinsic_rewards(learner, rollout, args)
+        rewards = (rewards[0] if script.__name__ == RND else rewards)[rollout.valid]
+        losses, _ = script.update(learner, rollout, *inputs, args)
+        expected |= {f"losses/{name}": loss.item() for name, loss in losses.items()}
+        expected |= {"losses/explained_variance": explained.item()}
+        expected |= {"charts/intrinsic_reward": rewards.mean().item()}
+        expected |= {"charts/intrinsic_reward_std": rewards.std(correction=0).item()}
+        expected |= dict(zip(["charts/episodic_return", "charts/episodic_length"], games[i], strict=True))
+        assert {tag: scalars[tag][i][1] for tag in expected} == pytest.approx(expected)
+    state = {name: part.state_dict() for name, part in vars(learner).items()}
+    assert_equal(state, read_checkpoint(Path("runs/run"))["learner"])
 
 
 def test_checkpoint_is_complete(run: tuple) -> None:

@@ -75,6 +75,47 @@ def test_a_table_never_shows_a_maximum_nor_a_step_that_was_not_reached(tmp_path:
     assert "| a | 238 [20, 455] (2) | 10 (1) |  |" in (tmp_path / "out/table.md").read_text()
 
 
+def test_statistic_and_rooms_reach_the_table(tmp_path: Path):
+    for seed, score in enumerate((0.0, 10.0, 20.0, 1000.0)):
+        write_run(tmp_path / f"a/{seed}", seed=seed, scores={100: score, 200: score})
+    curves.main(
+        [str(tmp_path), "--statistic", "iqm", "--at", "200", "--window", "100", "--output", str(tmp_path / "1")]
+    )
+    table = pd.read_csv(tmp_path / "1/table.csv")
+    assert table[["metric", "value"]].to_numpy().tolist() == [["score", 15], ["explored_rooms", 1]]
+    assert "interquartile mean" in (tmp_path / "1/table.md").read_text()
+
+
+def test_a_long_run_is_read_whole(tmp_path: Path):
+    steps = list(range(1, 10_102))  # TensorBoard's own reader keeps 10,000
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n|env_id|ALE/Pitfall-v5|\n|seed|1|")
+        for step in steps:
+            writer.add_scalar("charts/intrinsic_reward", 0.5, step)
+    assert curves.read_events(tmp_path, None).series["intrinsic_reward"][0].tolist() == steps
+
+
+def test_a_figure_shows_the_statistic_and_its_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for seed, score in ((1, 10.0), (2, 20.0), (3, 60.0)):
+        write_run(tmp_path / f"a/Venture/{seed}", seed=seed, scores=dict.fromkeys((100, 200, 400, 500), score))
+    for game in ("Venture", "Pitfall"):
+        write_run(tmp_path / f"b/{game}/1", env_id=f"{game}-v5")
+    (tmp_path / "c.csv").write_text("game,method,seed,agent_steps,score\nventure,r,1,100,7\nventure,r,1,300,9\n")
+    figures, arguments = [], ["--window", "100", "--reference", str(tmp_path / "c.csv")]
+    with monkeypatch.context() as patch:
+        patch.setattr(curves.plt, "close", figures.append)
+        curves.main([str(tmp_path), *arguments, "--output", str(tmp_path / "out")])
+    drawn = {figure.axes[0].get_title() + figure.axes[0].get_ylabel(): figure.axes[0] for figure in figures}
+    venture, pitfall = (drawn[f"{game}score of a game"] for game in ("Venture", "Pitfall"))
+    reference, a, b = venture.lines
+    np.testing.assert_array_equal(reference.get_xydata().T, [[100, 200, 300, 400, 500], [7, 8, 9, np.nan, np.nan]])
+    assert a.get_xydata().tolist() == [[step, 30] for step in (100, 200, 300, 400, 500)]  # 300 is bridged
+    low, high = venture.collections[0].get_datalim(venture.transData).intervaly
+    assert [low, high] == pytest.approx([10, 60], abs=1)  # of 27 equally likely draws one is three times the least
+    assert b.get_color() == pitfall.lines[0].get_color() != a.get_color()
+    curves.plt.close("all")
+
+
 def test_intervals_agree_with_another_bootstrap():
     seeds = np.random.default_rng(0).normal(100, 10, (10, 1))
     value, low, high, count = curves.aggregate(seeds, "mean")
@@ -199,14 +240,3 @@ def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "agent_steps must be at least 0" in error_of(capsys, tmp_path / "bad.csv")
     (tmp_path / "bad.csv").write_text("game,method\nVenture,x\n")
     assert "no column seed, agent_steps" in error_of(capsys, tmp_path / "bad.csv")
-
-
-def test_a_method_keeps_its_colour_and_seeds_make_a_band(tmp_path: Path):
-    for seed in (1, 2):
-        write_run(tmp_path / f"a/Venture/seed_{seed}", seed=seed)
-        write_run(tmp_path / f"b/Pitfall/seed_{seed}", seed=seed, env_id="ALE/Pitfall-v5", scores={100: seed, 200: 3.0})
-    curves.main([str(tmp_path), "--output", str(tmp_path / "out"), "--window", "100"])
-    venture, pitfall = ((tmp_path / f"out/{game}_score.svg").read_text() for game in ("Venture", "Pitfall"))
-    first, second = (colour.lower() for colour in curves.COLOURS[:2])
-    assert first in venture and second not in venture and second in pitfall and first not in pitfall
-    assert f"fill: {second}; fill-opacity: 0.2" in pitfall

@@ -69,8 +69,12 @@ def test_the_intrinsic_reward_is_the_scripts_own(private_eye: Path):
     obs = torch.from_numpy(game.reset()[0])[None]
     frame = obs[:, -1:].float() / 256 - learner.obs_stats.mean.float()
     with torch.no_grad():
-        expected = ((learner.target(frame) - learner.predictor(frame)) ** 2).sum().item() / 2
-    assert enjoy.intrinsic_reward(module, learner, args, obs) == pytest.approx(min(expected, 1.0), rel=1e-5)
+        expected = 1e-4 * ((learner.target(frame) - learner.predictor(frame)) ** 2).sum().item()
+    args = enjoy.replace(args, int_reward_scale=1e-4)  # below the clip
+    assert enjoy.intrinsic_reward(module, learner, args, obs) == pytest.approx(expected, rel=1e-4) and expected < 1
+    learner.int_returns.stats.var.fill_(16)
+    scaled = enjoy.intrinsic_reward(module, learner, enjoy.replace(args, norm_int_reward=True), obs)
+    assert scaled == pytest.approx(expected / 4, rel=1e-4)
     del learner.predictor  # as in a copied script with another kind of novelty
     assert np.isnan(enjoy.intrinsic_reward(module, learner, args, obs))
 
@@ -100,8 +104,38 @@ def test_lost_lives_do_not_end_a_game_under_episodic_life(breakout: Path):
     module, args, state = enjoy.load_run(breakout)
     learner = enjoy.load_learner(module, args, state, 4, breakout / "checkpoint.pt", torch.device("cpu"))
     game = module.AtariGame("breakout", 1, 0.25, True)
-    enjoy.play(module, game, learner, args, "Breakout", False, None, None)
+    rewards, step = [], game.step
+    game.step = lambda action: rewards.append((result := step(action))[4]["reward"]) or result
+    episode = enjoy.play(module, game, learner, args, "Breakout", False, None, None)
     assert game.ale.game_over() and game.ale.lives() == 0
+    assert (episode.score, episode.length) == (sum(rewards), len(rewards))
+
+
+def test_a_game_has_the_runs_protocol(breakout: Path, monkeypatch: pytest.MonkeyPatch):
+    module, args, state = enjoy.load_run(breakout)
+    learner = enjoy.load_learner(module, args, state, 4, breakout / "checkpoint.pt", torch.device("cpu"))
+    monkeypatch.setattr(module, "MAX_EPISODE_STEPS", 20)
+    game = enjoy.make_game(module, enjoy.replace(args, repeat_action_probability=0.125, episodic_life=True), 1)
+    assert game.ale.getFloat("repeat_action_probability") == 0.125 and game.episodic_life
+    assert enjoy.play(module, game, learner, args, "Breakout", False, 100, None).length == 20
+
+
+def test_the_summary_has_means_and_spreads():
+    episodes = [enjoy.Episode(10.0, 100, {1, 2}, [0.5, 0.1]), enjoy.Episode(30.0, 300, {2}, [0.3])]
+    assert enjoy.summary(episodes).splitlines() == [
+        "score 20.0 ± 10.0 (standard deviation over 2 episodes; from 10 to 30)",
+        "length 200.0 ± 100.0 agent steps",
+        "intrinsic reward 0.3000 a step",
+        "rooms 1.5 an episode, 2 in all: 1, 2",
+    ]
+
+
+@pytest.mark.parametrize("flags", [[], ["--greedy"]])
+def test_greedy_reaches_the_policy(breakout: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch):
+    seen, choose = [], enjoy.choose_actions
+    monkeypatch.setattr(enjoy, "choose_actions", lambda *given: seen.append(given[-1]) or choose(*given))
+    enjoy.main([str(breakout), *flags, "--episodes", "1", "--max-steps", "3", "--film-episodes", "0"])
+    assert seen == [bool(flags)] * 3
 
 
 def test_the_runs_own_backend_need_not_be_installed(

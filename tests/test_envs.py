@@ -275,3 +275,10 @@ def test_groups_of_a_gpu_play_the_same_games(snd: ModuleType, backend: str, num_
     assert groups.rooms == one.rooms
     one.close()
     groups.close()
+
+
+def test_start_noops(snd: ModuleType) -> None:
+    """A game's first observation comes after 1 to 30 emulator frames, FIRE's the last of them; seeds differ."""
+    games = [snd.AtariGame("breakout", seed, 0.25, False) for seed in (1, 2)]
+    first, second = ([game.reset() and game.ale.getEpisodeFrameNumber() for _ in range(60)] for game in games)
+    assert min(first) >= 1 and max(first) <= 30 and len(set(first)) > 15 and first != second

@@ -106,6 +106,7 @@ def test_estimate_advantages(script: ModuleType, int_episodic: bool) -> None:
     args = make_args(
         script, int_episodic=int_episodic, gamma=gammas[0], int_gamma=gammas[1], ext_coef=coefs[0], int_coef=coefs[1]
     )
+    args.gae_lambda = 0.7
     if num_heads(script) == 3:
         args.entropy_gamma, args.entropy_coef = gammas[2], coefs[2]
     rollout = crossing_rollout(script)

@@ -27,6 +27,7 @@ def test_two_runs_see_the_same_states(runs: dict[str, Path], tmp_path: Path, cap
     features.main([str(runs["rnd"]), str(runs["snd"]), *arguments, "--output", str(tmp_path / "out")])
     record = json.loads((tmp_path / "out.json").read_text())
     assert (record["game"], record["states"]) == ("PrivateEye", 150)
+    assert record["policy"] == str(runs["snd"])  # the last run
     assert [label.split(",")[0] for label in record["runs"]] == ["ppo_rnd_atari", "ppo_snd_atari"]
     rnd, snd = record["runs"].values()
     assert rnd["room_purity_by_chance"] == snd["room_purity_by_chance"] < rnd["room_purity"] <= 1
@@ -36,6 +37,7 @@ def test_two_runs_see_the_same_states(runs: dict[str, Path], tmp_path: Path, cap
     assert "| ppo_snd_atari, seed 1, 512 steps |" in (tmp_path / "out.md").read_text()
     rooms = [set(run["intrinsic_reward"]) for run in (rnd, snd)]
     assert rooms[0] == rooms[1] and len(rooms[0]) > 1
+    assert len(set(snd["intrinsic_reward"].values())) > 1  # RND's are all at the clip
     assert all(0 < reward <= 1 for run in (rnd, snd) for reward in run["intrinsic_reward"].values())
     assert "spread in rooms" in capsys.readouterr().out
 
@@ -50,6 +52,19 @@ def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
         rng.random(1)
         envs.step(rng.integers(envs.num_actions, size=1).astype(np.int32))
     envs.close()
+    fewer, _ = features.collect_states(module, learner, features.replace(args, num_envs=1), 15, 4, 1.0, seed=1)
+    assert np.array_equal(fewer, states[3::4])
+
+
+def test_random_actions_come_in_their_share(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    module, args, state = enjoy.load_run(runs["snd"])
+    learner = enjoy.load_learner(module, args, state, 18, runs["snd"] / "checkpoint.pt", torch.device("cpu"))
+    with torch.no_grad():
+        learner.agent.actor[-1].bias[5] += 100  # the policy's only action
+    played, step = [], module.AtariEnvs.step
+    monkeypatch.setattr(module.AtariEnvs, "step", lambda envs, actions: played.append(actions) or step(envs, actions))
+    features.collect_states(module, learner, features.replace(args, num_envs=4), 400, 1, 0.25, seed=1)
+    assert (np.stack(played) != 5).mean() == pytest.approx(0.25 * 17 / 18, abs=0.08)
 
 
 def test_look_against_plain_arithmetic(runs: dict[str, Path]):
@@ -57,12 +72,13 @@ def test_look_against_plain_arithmetic(runs: dict[str, Path]):
     module, args, state = enjoy.load_run(runs["rnd"])
     learner = enjoy.load_learner(module, args, state, 18, runs["rnd"] / "checkpoint.pt", torch.device("cpu"))
     states, _ = features.collect_states(module, learner, features.replace(args, num_envs=2), 20, 3, 1.0, seed=1)
+    args = features.replace(args, int_reward_scale=1e-4)  # below the clip
     seen, rewards = features.look(module, learner, args, states)
     x = torch.from_numpy(states[:, -1:] / np.float32(256)) - learner.obs_stats.mean.float()
     with torch.no_grad():
         target, predictor = learner.target(x).double().numpy(), learner.predictor(x).double().numpy()
     np.testing.assert_allclose(seen, target, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(rewards, np.clip(((target - predictor) ** 2).sum(axis=1) / 2, 0, 1), rtol=1e-4)
+    np.testing.assert_allclose(rewards, 1e-4 * ((target - predictor) ** 2).sum(axis=1), rtol=1e-4)
 
 
 def test_numbers_of_known_features():

@@ -62,7 +62,7 @@ def test_ppo_loss_values(script: ModuleType) -> None:
 
 def test_ppo_loss_gradients(script: ModuleType) -> None:
     """The gradient is that of the paper's formulas over the valid rows alone."""
-    heads, args = num_heads(script), make_args(script, ent_coef=0.1, vf_coef=0.7)
+    heads, args = num_heads(script), make_args(script, ent_coef=0.1, vf_coef=0.7, clip_coef=0.3)
     batch = experience(heads)
     logits, values = batch["logits"].requires_grad_(), batch["values"].requires_grad_()
     loss, _ = script.ppo_loss(*batch.values(), torch.ones(heads), args)
@@ -72,7 +72,7 @@ def test_ppo_loss_gradients(script: ModuleType) -> None:
     policy = torch.distributions.Categorical(logits=logits.double()[keep])
     ratio = torch.exp(policy.log_prob(batch["actions"][keep]) - batch["old_logprobs"][keep])
     advantages = batch["advantages"][keep].double()
-    objective = torch.min(ratio * advantages, torch.clip(ratio, 0.9, 1.1) * advantages).mean()
+    objective = torch.min(ratio * advantages, torch.clip(ratio, 0.7, 1.3) * advantages).mean()
     errors = [torch.nn.functional.mse_loss(values[keep, i], batch["returns"][keep, i]) for i in range(heads)]
     expected = torch.autograd.grad(-objective + 0.7 * sum(errors) - 0.1 * policy.entropy().mean(), [logits, values])
     for gradient, reference in zip(gradients, expected, strict=True):
@@ -485,3 +485,114 @@ def test_empty_obs_is_uint8(snd: ModuleType) -> None:
     inputs, _ = reward_and_estimate(snd, learner, rollout, args)
     snd.update(learner, rollout, *inputs, args)
     assert rollout.obs.dtype == torch.uint8 and set(dtypes) == {torch.uint8}
+
+
+def test_novelty_minibatches(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every newest frame once an epoch, with its own mask; a pair is twice one frame exactly where its label is 0."""
+    args, rollout = make_args(script, num_minibatches=4, update_epochs=2), random_rollout(script, 8, 4)
+    learner, steps = make_learner(script, args), []
+    inputs, _ = reward_and_estimate(script, learner, rollout, args)
+
+    def record(_learner: object, _args: object, *minibatch: torch.Tensor) -> torch.Tensor:
+        steps.append(minibatch)
+        return torch.full((len(script.NOVELTY_LOSSES),), float(len(steps)))
+
+    monkeypatch.setattr(script, "novelty_step", record)
+    losses, _ = script.update(learner, rollout, *inputs, args)
+    assert all(losses[name] == 4.5 for name in script.NOVELTY_LOSSES)  # the mean of 1 to 8
+    rows = {frame.numpy().tobytes(): row for row, frame in enumerate(rollout.obs[:-1, :, -1].flatten(0, 1))}
+    inds, reset = [], ~rollout.valid.flatten()
+    for *first, x, valid in steps:
+        frames = first[0] if script.__name__ == RND else x
+        inds += [rows[frame.numpy().tobytes()] for frame in frames[:, -1]]
+        assert torch.equal(valid, ~reset[inds[-8:]])
+        if script.__name__ == RND:
+            assert torch.equal(x, inputs[2][inds[-8:]])  # the target's features
+        else:
+            pairs, labels = first
+            assert torch.equal(torch.stack([(a == b).all() for a, b in zip(*pairs.chunk(2), strict=True)]), labels == 0)
+            assert not reset[[rows[frame.numpy().tobytes()] for frame in pairs[:, -1]]].any()
+    assert sorted(inds[:32]) == sorted(inds[32:]) == list(range(32)) and inds[:32] != inds[32:]
+
+
+def test_contrastive_networks_see_augmented_frames(snd_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target views of normalised frames, the encoder of frames / 256; the losses are those before the step."""
+    seen, augment = [], snd_script.augment
+
+    def record(x: torch.Tensor) -> torch.Tensor:
+        seen.append((x.clone(), augment(x)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(snd_script, "augment", record)
+    args = make_args(snd_script)
+    learner, before = make_learner(snd_script, args), make_learner(snd_script, args)
+    frames, labels = torch.randint(256, (8, 4, 96, 96), dtype=torch.uint8), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    learner.obs_stats.update(frames[:, -1:] / 256)
+    losses = snd_script.novelty_step(learner, args, frames, labels, frames[:, -1:], torch.ones(8, dtype=torch.bool))
+    inputs = snd_script.novelty_input(frames, learner.obs_stats, args.norm_obs), frames / 256
+    nets = [before.target] + ([before.encoder] if hasattr(before, "encoder") else [])
+    for (x, views), expected, net, loss in zip(seen, inputs, nets, losses[1:], strict=False):
+        assert torch.equal(x, expected)
+        torch.testing.assert_close(loss, snd_script.contrastive_loss(net(views).detach(), labels))
+    assert len(seen) == len(nets) == len(losses) - 1
+    with torch.no_grad():  # the target, as it has just learned to be, is what the predictor looks at
+        errors = before.predictor(inputs[0]) - learner.target(inputs[0])
+    torch.testing.assert_close(losses[0], errors.square().mean())
+
+
+def test_descend(snd: ModuleType) -> None:
+    """Each step follows its own gradient alone, cut to a norm only where one is given."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    for max_grad_norm, expected in ((None, [-3.0, -4.0]), (0.5, [-3.3, -4.4]), (None, [-6.3, -8.4])):
+        loss = (weight * torch.tensor([3.0, 4.0])).sum()
+        snd.descend(torch.optim.SGD([weight], lr=1), loss, max_grad_norm)
+        torch.testing.assert_close(weight.detach(), torch.tensor(expected))
+
+
+def test_only_the_policys_gradient_is_clipped(script: ModuleType) -> None:
+    """To --max-grad-norm; every network has one optimiser of its own, with --learning-rate."""
+    args, rollout = make_args(script, max_grad_norm=1e-3), random_rollout(script, 8, 4)
+    learner = make_learner(script, args)
+    inputs, _ = reward_and_estimate(script, learner, rollout, args)
+    script.update(learner, rollout, *inputs, args)
+    for name, optimizer in vars(learner).items():
+        if isinstance(optimizer, torch.optim.Optimizer):
+            network = getattr(learner, name.removesuffix("optimizer").removesuffix("_") or "agent")
+            (group,) = optimizer.param_groups
+            assert group["lr"] == args.learning_rate
+            assert [id(p) for p in group["params"]] == [id(p) for p in network.parameters()]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()]).item()
+            assert norm == pytest.approx(1e-3, rel=1e-3) if network is learner.agent else norm > 2e-3, name
+
+
+def test_policy_losses_are_means(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all minibatches of all epochs."""
+    args, rollout = make_args(script, update_epochs=2), random_rollout(script, 8, 4)
+    learner, given, ppo_loss = make_learner(script, args), [], script.ppo_loss
+
+    def record(*batch: object) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, stats = ppo_loss(*batch)
+        given.append(stats)
+        return loss, stats
+
+    monkeypatch.setattr(script, "ppo_loss", record)
+    inputs, _ = reward_and_estimate(script, learner, rollout, args)
+    losses, _ = script.update(learner, rollout, *inputs, args)
+    assert len(given) == 4
+    torch.testing.assert_close([losses[name] for name in script.POLICY_LOSSES], [*torch.stack(given).mean(dim=0)])
+
+
+def test_int_coef_0_is_plain_ppo(script: ModuleType) -> None:
+    """No intrinsic reward reaches the policy or its values; SND + entropy needs --entropy-coef 0 as well."""
+    args, rollout = make_args(script, int_coef=0.0), random_rollout(script, 8, 4)
+    if num_heads(script) == 3:
+        args.entropy_coef = 0.0
+    weights = []
+    for scale in (0.0, 1.0):
+        learner = make_learner(script, args)
+        streams = [scale * torch.rand(8, 4) * rollout.valid for _ in range(num_heads(script) - 1)]
+        extra = [torch.zeros(32, 512)] if script.__name__ == RND else []
+        torch.manual_seed(5)
+        script.update(learner, rollout, *script.estimate_advantages(rollout, *streams, args), *extra, args)
+        weights.append(learner.agent.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -204,6 +204,7 @@ def test_finished_runs_are_skipped_and_a_larger_budget_goes_on(tmp_path: Path) -
     assert outcomes == ["1 run: 1 finished", "1 run: 1 skipped", "1 run: 1 finished"]
     assert read_checkpoint(run_dir)["counters"]["iteration"] == 4
     assert_whole_curve(run_dir, 4)
+    assert [line[0] for line in lines_of(tmp_path, "m/Pitfall/seed_1")].count("$") == 3  # one log of all starts
     changed = run(tmp_path, *arguments, "--total-timesteps", str(4 * BATCH), "--", *TINY, "--gamma", "0.9")
     assert changed.returncode == 1  # a run is never continued under other settings
     assert "--gamma 0.9 contradicts the saved 0.998" in changed.stdout
@@ -439,6 +440,27 @@ def test_preempted_job_resumes(tmp_path: Path, way: str) -> None:
     assert ["--resume runs/m/Pitfall/seed_1" in line for line in starts] == [False, True]
     assert read_checkpoint(run_dir)["counters"]["iteration"] == iterations
     assert_whole_curve(run_dir, iterations)
+
+
+def test_what_sbatch_is_asked_for(tmp_path: Path) -> None:
+    """Every option stands in the file that it gets; here it is a program that refuses everything."""
+    (tmp_path / "sbatch").symlink_to(shutil.which("false"))
+    flags = ["--slurm-minutes", "77", "--slurm-cpus", "5", "--slurm-gpus", "2", "--slurm-partition", "p"]
+    flags += ["--workers", "3", "--slurm-options", "account", "my-group", "mem", "64G"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = run(tmp_path, "--commands", "a", "x", "--env-ids", "Pitfall-v5", "--num-seeds", "4", *flags, PATH=path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    (file,) = (tmp_path / "runs/slurm").glob("*.sh")
+    wanted = {"account=my-group", "array=0-3%3", "cpus-per-task=5", "gpus-per-node=2", "mem=64G", "partition=p"}
+    assert wanted | {"requeue", "time=77"} <= {line.removeprefix("#SBATCH --") for line in file.read_text().split("\n")}
+
+
+def test_threads_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as SLURM gave it cores."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    SlurmRun(Run("m", [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]))()
+    assert lines_of(tmp_path, "m")[1:] == ["3"]
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import ENTROPY, ENVIRONMENT, RND, ROOT, SCRIPTS, SND, run_script
+from conftest import ENTROPY, ENVIRONMENT, RND, ROOT, SCRIPTS, SND, make_args, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TAGS = {
@@ -144,6 +145,34 @@ def test_hyperparameters(runs: dict[tuple, SimpleNamespace], script: str) -> Non
     rows = dict(re.findall(r"^\|(\w+)\|(.*)\|$", text, re.MULTILINE))
     assert {name.replace("_", "-") for name in rows} >= {*FLAGS, *(ENTROPY_FLAGS if script == ENTROPY else [])}
     assert (rows["num_steps"], rows["model"], rows["env_id"]) == ("80", "A", "BreakoutNoFrameskip-v4")
+
+
+# The settings of the experiments that the scripts share.
+DEFAULTS = dict(
+    total_timesteps=128_000_000, num_envs=128, num_steps=128, num_minibatches=32, update_epochs=4, model="C"
+)
+DEFAULTS |= dict(learning_rate=1e-4, gamma=0.998, int_gamma=0.99, gae_lambda=0.95, clip_coef=0.1, max_grad_norm=0.5)
+DEFAULTS |= dict(ent_coef=0.001, vf_coef=0.5, ext_coef=2, int_coef=1, int_reward_scale=0.5, update_proportion=None)
+DEFAULTS |= dict(repeat_action_probability=0.25, episodic_life=False, int_episodic=False, norm_int_reward=False)
+DEFAULTS |= dict(actor_hidden_gain=0.01, critic_hidden_gain=0.1, env_id="MontezumaRevengeNoFrameskip-v4")
+
+
+def test_defaults(script: ModuleType) -> None:
+    """Those of the experiments; tests/test_envs.py shows that the longest episode is as long as this number says."""
+    assert script.MAX_EPISODE_STEPS == 4500
+    expected = DEFAULTS | {"norm_obs": "mean" if script.__name__ == RND else "mean-std"}
+    if script.__name__ == ENTROPY:
+        expected |= dict(entropy_coef=1, entropy_gamma=0.99, entropy_scale=0.02, entropy_buffer_size=128)
+    assert expected.items() <= vars(script.Args()).items()
+
+
+def test_progress(snd: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    """A resumed run's rate is that of the steps since then, and tells the time left; the return is a mean."""
+    progress = snd.Progress(make_args(snd, total_timesteps=1_000_000), 600_000)
+    progress.start -= 1000
+    progress.show(700_000, deque([1.0, 2.0, 6.0]), {1, 5}, 0.25, final=True)
+    line = "700,000 / 1,000,000 steps | 100 steps/s | 0:50 h left | return 3.0 | rooms 2 | r_int 0.2500\n"
+    assert capsys.readouterr().out == line
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

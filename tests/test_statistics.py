@@ -122,3 +122,12 @@ def test_novelty_input_of_constant_pixels(script: ModuleType) -> None:
     obs[1] = 0
     x = script.novelty_input(obs, stats, "mean-std")
     assert (x[0] == 0).all() and (x[1] == -1).all()
+
+
+def test_init_obs_stats_plays_at_random(snd: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every action, in each environment on its own."""
+    played, step = [], snd.AtariEnvs.step
+    monkeypatch.setattr(snd.AtariEnvs, "step", lambda envs, actions: played.append(actions) or step(envs, actions))
+    snd.init_obs_stats(snd.RunningMeanStd((1, 96, 96)), make_args(snd, norm_init_steps=100, num_envs=2), seed=7)
+    first, second = np.stack(played).T
+    assert (np.bincount(first, minlength=4) > 10).all() and (first != second).any()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import throughput
@@ -31,6 +32,11 @@ def test_measures_a_real_run(script: str, tmp_path: Path) -> None:
         assert sum(parts.values()) == pytest.approx(total)
         assert all(seconds > 0 for seconds in parts.values()), parts
     rates = figures["steps_per_second"]
+    iterations = figures["iterations"]
+    rollout = median(parts["environment"] + parts["inference"] for parts in iterations)
+    assert rates["environments alone"] == pytest.approx(8 / median(figures["raw_environment_seconds"]))
+    assert rates["rollout alone"] == pytest.approx(8 / rollout)
+    assert rates["update alone"] == pytest.approx(8 / median(parts["update"] for parts in iterations))
     assert rates["training"] < min(rates["rollout alone"], rates["update alone"])
     assert figures["training_to_raw_environment"] == pytest.approx(rates["training"] / rates["environments alone"])
     assert figures["peak_host_bytes"] > 2**28  # torch alone takes more
