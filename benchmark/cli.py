@@ -22,8 +22,11 @@ def check_output(path: Path) -> None:
 
     Its folder is made only when there is something to write.
     """
-    folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if os.path.isdir(path):
         fail(f"cannot write to {path}: it is a folder; add a name")
-    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+    folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if os.path.exists(path):
+        if not os.access(path, os.W_OK):
+            fail(f"cannot write to {path}: you may not write there")
+    elif not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         fail(f"cannot write to {path.parent}: {folder} is not a folder that you may write to")

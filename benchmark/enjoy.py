@@ -52,14 +52,15 @@ def load_run(run_dir: Path, scripts: Sequence[Path] = ()) -> tuple[ModuleType, A
     path = run_dir / "checkpoint.pt"
     if not os.path.isfile(path):
         fail(f"{run_dir}: give the folder of a run, with its checkpoint.pt")
+    given = {script.stem: script for script in scripts}
     try:
         name = torch.load(path, map_location="cpu", weights_only=True)["script"]
-        script = {path.stem: path for path in scripts}.get(name, ROOT / f"{name}.py")
-        known = bool(re.fullmatch(r"\w+", name)) and script.is_file()
+        known = name in given or (bool(re.fullmatch(r"\w+", name)) and (ROOT / f"{name}.py").is_file())
     except Exception as error:  # whatever a broken or foreign file makes the reader raise
         fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
     if not known:
-        fail(f"{path} was written by {name}.py, which is not in {script.parent}; give its path with --script")
+        fail(f"{path} was written by {name}.py, which is not in {ROOT}; give its path with --script")
+    script = given.get(name, ROOT / f"{name}.py")
     folder = str(script.resolve().parent)
     for name in ("models", script.stem):  # a copied script has a models.py of its own
         sys.modules.pop(name, None)
@@ -80,7 +81,7 @@ def load_runs(run_dirs: Iterable[Path], scripts: Sequence[Path]) -> dict[Path, t
     for script in scripts:
         if not script.is_file():
             fail(f"--script {script}: there is no such file")
-    runs = {run_dir: load_run(run_dir, scripts) for run_dir in run_dirs}
+    runs = {run_dir: load_run(run_dir, scripts) for run_dir in dict.fromkeys(run_dirs)}
     for script in scripts:
         if script.stem not in {state["script"] for _, _, state in runs.values()}:
             fail(f"--script {script}: no checkpoint was written by a script of that name")
@@ -173,7 +174,7 @@ def play(
 
 @contextlib.contextmanager
 def film_to(path: Path) -> Iterator[Callable[[np.ndarray], None]]:
-    """Gives a function that takes one picture after the other; at the end, PATH.mp4 and PATH.gif are there, or neither.
+    """Gives a function that takes one picture after the other; PATH.mp4 and PATH.gif are there when all is done.
 
     Raises OSError.
     """
@@ -269,6 +270,8 @@ def main(argv: list[str] | None = None) -> None:
                 bar.set_postfix(score=f"{episodes[-1].score:,.0f}", steps=episodes[-1].length)
                 bar.update()
     except OSError as error:
+        if episodes:
+            print(summary(episodes))
         fail(f"cannot write to {output.parent}: {error.strerror or str(error).splitlines()[0]}")
     print(summary(episodes))
     if options.film_episodes:

@@ -351,8 +351,9 @@ class SlurmRun:
 
 def run_on_slurm(runs: list[Run], args: Args) -> int:
     """Submit everything as one job array and watch it; returns the exit status. Ctrl-C only ends the watching."""
-    if not shutil.which("sbatch"):
-        fail(f"--slurm-partition {args.slurm_partition}: there is no sbatch on this machine")
+    for program in ("sbatch", "srun"):
+        if not shutil.which(program):
+            fail(f"--slurm-partition {args.slurm_partition}: there is no {program} on this machine")
     stop = StopSignal()  # before a job is submitted whose number would not be shown
     executor = submitit.SlurmExecutor("runs/slurm/%j", max_num_timeout=1000)
     executor.update_parameters(

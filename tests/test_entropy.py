@@ -82,9 +82,11 @@ def test_state_entropy_rewards() -> None:
     rollouts = [make_rollout(entropy, dones, dones, torch.tensor([True] * 4))]
     rollouts.append(make_rollout(entropy, dones.roll(2, 0), dones.roll(2, 0), ~dones[9], seed=1))
     rollouts[1].obs[0] = rollouts[0].obs[-1]
-    rollouts.append(make_rollout(entropy, ~dones & False, ~dones & False, ~dones[7], seed=2))
+    none = torch.zeros_like(dones)
+    rollouts.append(make_rollout(entropy, none, none, ~dones[7], seed=2))
     rollouts[2].obs[0] = rollouts[1].obs[-1]
     rollouts[1].obs[8:, 3] = rollouts[2].obs[:, 3] = rollouts[1].obs[7, 3]  # game 3 stands still
+    torch.manual_seed(4)
     for rollout in rollouts:
         rewards, buffer = entropy.state_entropy_rewards(learner, rollout, buffer, args)
         features = [learner.encoder(obs.float() / 256) for obs in rollout.obs]

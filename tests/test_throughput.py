@@ -58,7 +58,7 @@ def test_clocks_are_taken_off_again() -> None:
     assert (ppo_rnd_atari.update, ppo_rnd_atari.AtariEnvs.step_wait) == before
 
 
-@pytest.mark.parametrize("flags", [["--iterations", "1"], ["--out", "."], ["--env-id", "Nope-v5"]])
+@pytest.mark.parametrize("flags", [["--iterations", "1"], ["--out", ".."], ["--env-id", "Nope-v5"]])
 def test_user_errors_are_one_line_and_status_2(flags: list[str], tmp_path: Path) -> None:
     done = run(*TINY, *flags, cwd=tmp_path)
     assert done.returncode == 2
