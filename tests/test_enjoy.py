@@ -3,8 +3,10 @@
 import importlib
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import enjoy
 import imageio.v2 as imageio
@@ -177,7 +179,8 @@ def test_bad_input_ends_with_one_line(breakout: Path, tmp_path: Path, capsys: py
     torch.save({"weights": torch.zeros(2)}, tmp_path / "checkpoint.pt")
     assert "not a readable checkpoint" in error_of(capsys, tmp_path)
     (tmp_path / "ppo_snd_atari.py").write_text("x = 1\n")
-    assert "not a training script" in error_of(capsys, breakout, "--script", tmp_path / "ppo_snd_atari.py")
+    with mock.patch.dict(sys.modules):  # which the failed import would leave changed for other tests
+        assert "not a training script" in error_of(capsys, breakout, "--script", tmp_path / "ppo_snd_atari.py")
     (tmp_path / "file").write_text("")
     arguments = ["--episodes", 1, "--max-steps", 2, "--output", tmp_path / "file/film"]
     assert "cannot write to" in error_of(capsys, breakout, *arguments)

@@ -246,8 +246,14 @@ def test_runs_are_not_lost_with_the_screen(tmp_path: Path, loss: str) -> None:
     waits += f"print('ready', flush=True); time.sleep({60 if loss == 'hangup' else 3})"
     command = words("--commands", "m", python(waits), "--env-ids", "Pitfall-v5", "--num-seeds", "2")
     ours, theirs = pty.openpty() if loss == "hangup" else os.pipe()
-    before = partial(fcntl.ioctl, theirs, termios.TIOCSCTTY, 0) if loss == "hangup" else None
-    STARTED.append(subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=before, stdout=theirs))
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+        if loss == "hangup":
+            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    options = dict(start_new_session=True, preexec_fn=take_terminal, stdout=theirs)
+    STARTED.append(subprocess.Popen(command, cwd=tmp_path, **options))
     process, log = STARTED[-1], tmp_path / "runs/m/Pitfall/seed_1.log"
     os.close(theirs)
     wait_until(lambda: log.exists() and log.read_text().splitlines()[1:] == ["ready"], process)
