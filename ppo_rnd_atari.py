@@ -1289,7 +1289,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except RuntimeError as error:  # CUDA graphs and cuBLAS run out of memory under names of their own
+    except RuntimeError as error:  # CUDA graphs, cuBLAS and CPUs run out of memory under names of their own
         if not re.search("out of memory|ALLOC_FAILED|allocate memory", f"{error} {error.__context__}"):
             raise
         fail("out of memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)

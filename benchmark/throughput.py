@@ -108,7 +108,7 @@ def run_main(script: ModuleType, values: dict, folder: Path) -> None:
     try:
         with patch.object(sys, "argv", argv), contextlib.chdir(folder), contextlib.redirect_stdout(sys.stderr):
             script.main()
-    except RuntimeError as error:  # CUDA graphs and cuBLAS run out of memory under names of their own
+    except RuntimeError as error:  # CUDA graphs, cuBLAS and CPUs run out of memory under names of their own
         if not re.search("out of memory|ALLOC_FAILED|allocate memory", f"{error} {error.__context__}"):
             raise
         fail("out of memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)
