@@ -13,4 +13,5 @@ python benchmark/run.py --env-ids BreakoutNoFrameskip-v4 \
     ppo_snd_without_reward "python ppo_snd_atari.py $flags" \
     ppo_rnd_tuned_without_reward "python ppo_rnd_atari.py $flags $tuned --norm-obs mean-std" \
     ppo_snd_tuned_without_reward "python ppo_snd_atari.py $flags $tuned" \
+    ppo_snd_entropy_tuned_without_reward "python ppo_snd_entropy_atari.py $flags $tuned" \
     "$@"

@@ -104,11 +104,12 @@ def test_wrong_usage_is_one_line(tmp_path: Path, arguments: list[str], message: 
 # The source's rows and our choices for them, as flags beside --model.
 NO_REWARD = "C --ext-coef 0 --num-envs 32 --episodic-life --repeat-action-probability 0"
 TUNED = f"{NO_REWARD} --int-episodic --actor-hidden-gain 1.414"
-FOUR_WITHOUT_REWARD = {
+FIVE_WITHOUT_REWARD = {
     "ppo_rnd_without_reward": NO_REWARD,
     "ppo_snd_without_reward": NO_REWARD,
     "ppo_rnd_tuned_without_reward": f"{TUNED} --norm-obs mean-std",
     "ppo_snd_tuned_without_reward": TUNED,
+    "ppo_snd_entropy_tuned_without_reward": TUNED,
 }
 THREE = {"ppo_rnd_c0": "C", "ppo_snd_c4": "C --int-reward-scale 0.5", "ppo_snd_entropy_c0": "C"}
 ROWS = {
@@ -126,8 +127,8 @@ ROWS = {
         f"ppo_snd_{row}": f"C --int-reward-scale {s}" for row, s in (("c0", 0.25), ("c3", 0.4), ("c4", 0.5))
     },
     "montezuma_snd_entropy": {"ppo_snd_entropy_c0": "C"},
-    "breakout_without_reward": FOUR_WITHOUT_REWARD,
-    "pacman_without_reward": FOUR_WITHOUT_REWARD,
+    "breakout_without_reward": FIVE_WITHOUT_REWARD,
+    "pacman_without_reward": FIVE_WITHOUT_REWARD,
 } | dict.fromkeys(["montezuma", "gravitar", "venture", "pitfall", "private_eye", "solaris"], THREE)
 GAME_OF = {"pacman": "MsPacman", "montezuma": "MontezumaRevenge", "private": "PrivateEye"}
 
@@ -168,7 +169,7 @@ def test_bash_runner_trains(tmp_path: Path) -> None:
         command, cwd=tmp_path / "elsewhere", env=env, capture_output=True, text=True, timeout=2 * PATIENCE
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in FOUR_WITHOUT_REWARD:
+    for name in FIVE_WITHOUT_REWARD:
         saved = read_checkpoint(tmp_path / f"runs/{name}/Breakout/seed_1")["args"]
         assert (saved["ext_coef"], saved["episodic_life"], saved["repeat_action_probability"]) == (0, True, 0)
         assert (saved["num_envs"], saved["env_id"], saved["seed"]) == (4, "BreakoutNoFrameskip-v4", 1)
