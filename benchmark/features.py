@@ -8,7 +8,7 @@ two (t-SNE), coloured by room; the numbers beside it are taken in all 512:
 
 - room purity: the share of a state's 10 nearest neighbours that are in its own room (chance: of any other state);
 - spread in rooms: the mean distance of two states of one room, divided by the mean distance of any two states. It is
-  free of the features' scale; small means tight islands, 1 means that rooms are not told apart.
+  free of the features' scale; small means tight islands, 1 that two states of a room are as far apart as any.
 
 Beside them stands each run's mean intrinsic reward in each room: rooms that the run has not seen should pay more.
 """
