@@ -28,6 +28,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shlex
@@ -946,7 +947,7 @@ def shuffled_inds(args: Args, device: torch.device) -> Tensor:
 
 def take(obs: Tensor, inds: Tensor) -> Tensor:
     """obs[inds] of obs (rows, ..., 96, 96) uint8 and inds (n,) int64, copied eight pixels at a time."""
-    return obs.view(torch.int64).index_select(0, inds).view(torch.uint8)
+    return obs.view(torch.int64).index_select(0, inds).view(obs.dtype)
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
@@ -1018,7 +1019,7 @@ def train_novelty(
     for mb_inds, mb_pair_inds, mb_labels in zip(inds, pair_inds, labels, strict=True):
         with in_background(losses, inds, pair_inds, labels, obs, valid):
             minibatch = take(obs, mb_pair_inds), mb_labels, take(obs[:, -1:], mb_inds), valid[mb_inds]
-            losses += novelty_step(learner, args, *minibatch) / len(inds)
+            losses += novelty_step(learner, args, *minibatch).view_as(losses) / len(inds)
         yield
 
 
@@ -1032,6 +1033,7 @@ def update(
     rollout. Nothing here waits for the device.
     """
     device = rollout.obs.device
+    # The T rows that were played; row T of obs and values is there to bootstrap from.
     batch = [rollout.obs[:-1], rollout.actions, rollout.logprobs, advantages, returns, rollout.valid]
     batch = [x.flatten(0, 1) for x in batch]
     # clone: these losses are logged only after the next update, which overwrites what a recording has returned.
@@ -1082,6 +1084,12 @@ def discard_run(run_dir: Path) -> None:
         run_dir.rmdir()
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = str(error) or repr(error)
+    return textwrap.shorten(text.split("WeightsUnpickler error: ")[-1], 200)  # torch puts advice before the cause
+
+
 def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
     """Write `checkpoint.pt` so that a kill at any instant leaves the old one or the new one; OSError if it cannot."""
     state = {
@@ -1103,11 +1111,12 @@ def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict)
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        # Not every state that a copy of this script may have added can be read back. This reads all but the tensors.
+        torch.load(temporary, map_location="meta", weights_only=True)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is what torch.save makes of a failed write
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # a failed write is torch.save's RuntimeError
         temporary.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(str(cause).splitlines()[0]) from error
+        raise OSError(reason(error.__context__ if isinstance(error.__context__, OSError) else error)) from error
     folder = os.open(run_dir, os.O_RDONLY)
     with contextlib.suppress(OSError):  # some network file systems cannot do this
         os.fsync(folder)  # the new name itself
@@ -1129,6 +1138,8 @@ def load_checkpoint(path: Path) -> dict:
         fail(f"--resume {path.parent}: give the folder of a run, with its checkpoint.pt")
     # The types that an argument may have, or the values of a Literal.
     allowed = {field.name: {*(get_args(field.type) or [field.type])} for field in fields(Args)}
+    for kinds in allowed.values():
+        kinds |= {int} if float in kinds else set()  # 1 may be the default of a float
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums
@@ -1147,7 +1158,7 @@ def load_checkpoint(path: Path) -> dict:
         if type(iteration) is not int or iteration < 0 or {type(number) for number in numbers} - {int, float}:
             raise ValueError(f"it counts {counters}")
     except Exception as error:  # whatever a broken or hostile file makes the readers raise
-        fail(f"{path} is not a checkpoint of {SCRIPT}: {textwrap.shorten(str(error) or repr(error), 200)}")
+        fail(f"{path} is not a checkpoint of {SCRIPT}: {reason(error)}")
     check_args(Args(**saved))
     return state
 
@@ -1155,6 +1166,8 @@ def load_checkpoint(path: Path) -> dict:
 def restore(state: dict, learner: Learner, path: Path) -> None:
     """Put a loaded checkpoint into the learner and the random generators; exit status 2 if it does not fit."""
     try:
+        if other := {*vars(learner)} ^ {*state["learner"]}:
+            raise ValueError(f"it was written with other parts of the Learner: {sorted(map(str, other))}")
         for name, part in vars(learner).items():
             kinds = [{key: type(value) for key, value in group.items()} for group in getattr(part, "param_groups", ())]
             part.load_state_dict(state["learner"][name])
@@ -1173,7 +1186,7 @@ def restore(state: dict, learner: Learner, path: Path) -> None:
         if state["random"]["cuda"] is not None and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(state["random"]["cuda"])
     except Exception as error:
-        fail(f"{path} does not fit this {SCRIPT}: {textwrap.shorten(str(error), 200)}")
+        fail(f"{path} does not fit this {SCRIPT}: {reason(error)}")
 
 
 def parse_args() -> tuple[Args, Path, dict | None]:

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import ENTROPY, RND, SCRIPTS, SND, reward_and_estimate
+from conftest import ENTROPY, RND, ROOT, SCRIPTS, SND, reward_and_estimate
 from running import (
     BATCH,
     ENDLESS,
@@ -326,6 +327,79 @@ def test_other_arguments_are_refused_by_name(
     """As after a flag was added to a script."""
     torch.save(rnd_state | {"args": rnd_state["args"] | saved}, tmp_path / "checkpoint.pt")
     assert f"other arguments: {list(saved)}" in assert_refused(tmp_path / "checkpoint.pt", capsys)
+
+
+def copied(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> ModuleType:
+    """A copy of the RND script, changed as a user would, as a module; `folder` becomes the working folder."""
+    text = (ROOT / f"{RND}.py").read_text()
+    assert text.count(old) == 1
+    (folder / "mine.py").write_text(text.replace(old, new))
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return importlib.import_module("mine")
+
+
+def test_copy_with_a_flag_of_its_own_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the default of a float is written as an integer."""
+    flag = "    update_proportion: float | None = None\n"
+    mine = copied(
+        tmp_path, monkeypatch, flag, f'    beta: float = 1\n    """a weight"""\n    eta: float | None = 2\n{flag}'
+    )
+    assert call_main(mine, flags(1)) == 0
+    assert call_main(mine, ["--resume", "runs/run", "--total-timesteps", str(2 * BATCH)]) == 0
+    assert read_checkpoint(Path("runs/run"))["counters"]["iteration"] == 2
+
+
+TABLE = """
+        self.table = Table()
+
+
+class Table:
+    counts = {}
+
+    def state_dict(self):
+        return self.counts
+
+    def load_state_dict(self, state):
+        self.counts = state
+"""
+
+
+def test_state_that_cannot_be_read_back_is_noticed_when_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A copy that keeps arrays of NumPy in its Learner: at the start it ends, later the last checkpoint stays."""
+    line = "        self.predictor_optimizer = adam(self.predictor.parameters())\n"
+    mine = copied(tmp_path, monkeypatch, line, line + TABLE)
+    plain = mine.Table.counts
+    mine.Table.counts = {"a": np.zeros(2)}
+    assert call_main(mine, flags(1)) == 2
+    message = one_line(capsys)
+    assert "cannot write to runs/run" in message and "numpy" in message
+    assert not Path("runs/run").exists()
+
+    mine.Table.counts = plain
+    update = mine.update
+    monkeypatch.setattr(mine, "update", lambda *inputs: (mine.Table.counts.update(a=np.zeros(2)), update(*inputs))[1])
+    assert call_main(mine, flags(1)) == 0
+    message = one_line(capsys)
+    assert "no checkpoint was written, the last one stays" in message and "numpy" in message
+    assert read_checkpoint(Path("runs/run"))["counters"]["iteration"] == 0
+    assert not Path("runs/run/checkpoint.tmp").exists()
+
+
+def test_checkpoint_with_other_parts_is_refused_by_name(
+    rnd_state: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As after something was added to the Learner of a script, or taken away."""
+    parts = rnd_state["learner"]
+    for part, learner in [
+        ("table", parts | {"table": {}}),
+        ("int_returns", {name: state for name, state in parts.items() if name != "int_returns"}),
+    ]:
+        torch.save(rnd_state | {"learner": learner}, tmp_path / "checkpoint.pt")
+        assert f"other parts of the Learner: ['{part}']" in assert_refused(tmp_path / "checkpoint.pt", capsys)
 
 
 @pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq", "step"])

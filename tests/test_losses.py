@@ -429,6 +429,22 @@ def test_take(script: ModuleType) -> None:
     obs, inds = random_rollout(script, 8, 4).obs, torch.tensor([3, 31, 0, 3])
     for rows in (obs[:-1].flatten(0, 1), obs[:-1, :, -1:].flatten(0, 1), obs[:-1].flatten(0, 1)[:, -1:]):
         assert torch.equal(script.take(rows, inds), rows[inds])
+    for rows in (torch.arange(32), torch.randn(32, 512)):  # what a copy of the script may take: actions, features
+        assert torch.equal(script.take(rows, inds), rows[inds])
+
+
+def test_a_loss_without_a_name_fails(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number too few or too many for NOVELTY_LOSSES, which a sum would spread over all names."""
+    for count in (0, 2):
+        losses = torch.zeros(len(script.NOVELTY_LOSSES) - 1 + count)
+        monkeypatch.setattr(script, "novelty_step", lambda *inputs, losses=losses: losses)
+        rollout = random_rollout(script, 8, 4)
+        args = script.Args(num_envs=4, num_steps=8, num_minibatches=4)
+        inds, obs, rest = torch.arange(32).view(4, 8), rollout.obs[:-1].flatten(0, 1), (rollout.valid.flatten(),)
+        rest = (torch.zeros(32, 512), *rest) if script.__name__ == RND else (*rest, rollout.valid_inds)
+        names = torch.zeros(len(script.NOVELTY_LOSSES))
+        with pytest.raises(RuntimeError, match="shape"):
+            next(script.train_novelty(None, args, names, inds, obs, *rest))
 
 
 def test_update_keeps_frames_with_their_rows(script: ModuleType) -> None:
