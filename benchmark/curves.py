@@ -158,10 +158,11 @@ def read_events(run_dir: Path, method: str | None) -> Run:
 def read_csv(path: Path, method: str | None = None) -> list[Run]:
     """The runs of a CSV with the columns game, method, seed, agent_steps and at least one metric; exit status 2.
 
-    Of several methods `method` picks one; a single one it renames.
+    A metric's column may have the name of its tag. Of several methods `method` picks one; a single one it renames.
     """
     try:
         table = pd.read_csv(path, dtype={"game": str, "method": str})
+        table = table.rename(columns={tag: metric for metric, (tag, _) in METRICS.items()})
         missing = [name for name in CSV_COLUMNS[:4] if name not in table] or (
             [] if set(METRICS) & set(table) else ["score"]
         )

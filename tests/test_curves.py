@@ -1,6 +1,9 @@
 """benchmark/curves.py on real runs, and on event files of TensorBoard's own writer with known numbers."""
 
 import os
+import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import curves
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from matplotlib import image
 from running import error_of, trained_run
 from scipy.stats import bootstrap
@@ -133,6 +137,22 @@ def test_exported_curves_are_read_again(tmp_path: Path):
     curves.main(again)
     assert (tmp_path / "1/table.csv").read_text() == (tmp_path / "2/table.csv").read_text()
     assert (tmp_path / "1/curves.csv").read_text() == (tmp_path / "2/curves.csv").read_text()
+
+
+@pytest.mark.parametrize("game", ["Montezuma", "Breakout"])
+def test_the_results_page_shows_what_its_raw_curves_hold(game: str, tmp_path: Path):
+    """Its commands, run by a shell, give the rows of its tables."""
+    page = (ROOT / "benchmark/RESULTS.md").read_text()
+    lines = page.replace("\\\n", " ").splitlines()
+    (command,) = [
+        line for line in lines if re.match(rf"python benchmark/curves.py +benchmark/results/{game}", line, re.I)
+    ]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", f"{command} --output {tmp_path}"], cwd=ROOT, env=environment, check=True)
+    score = (tmp_path / "table.md").read_text().split("score**")[1].split("**")[0]
+    rows = [line for line in score.splitlines() if line.startswith("| ") and not line.startswith("| method")]
+    assert len(rows) == {"Montezuma": 2, "Breakout": 7}[game]
+    assert [row for row in rows if row not in page.splitlines()] == []
 
 
 def test_a_csv_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture):
