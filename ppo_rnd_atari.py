@@ -827,7 +827,10 @@ def shuffled_inds(args: Args, device: torch.device) -> Tensor:
 
 
 def take(obs: Tensor, inds: Tensor) -> Tensor:
-    """obs[inds] of obs (rows, ..., 96, 96) uint8 and inds (n,) int64, copied eight pixels at a time."""
+    """obs[inds] of obs (rows, ..., 96, 96) uint8 and inds (n,) int64, copied eight pixels at a time.
+
+    A row of another type must be a multiple of eight bytes long.
+    """
     return obs.view(torch.int64).index_select(0, inds).view(obs.dtype)
 
 
@@ -958,7 +961,10 @@ def reason(error: Exception) -> str:
 
 
 def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
-    """Write `checkpoint.pt` so that a kill at any instant leaves the old one or the new one; OSError if it cannot."""
+    """Write `checkpoint.pt` so that a kill at any instant leaves the old one or the new one.
+
+    OSError if it cannot be written, or not be read back.
+    """
     state = {
         "version": CHECKPOINT_VERSION,
         "script": SCRIPT,
@@ -1006,7 +1012,8 @@ def load_checkpoint(path: Path) -> dict:
     # The types that an argument may have, or the values of a Literal.
     allowed = {field.name: {*(get_args(field.type) or [field.type])} for field in fields(Args)}
     for kinds in allowed.values():
-        kinds |= {int} if float in kinds else set()  # 1 may be the default of a float
+        if float in kinds:
+            kinds.add(int)  # 1 may be the default of a float
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums
