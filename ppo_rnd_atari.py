@@ -1043,16 +1043,16 @@ def restore(state: dict, learner: Learner, path: Path) -> None:
         if other := {*vars(learner)} ^ {*state["learner"]}:
             raise ValueError(f"it was written with other parts of the Learner: {sorted(map(str, other))}")
         for name, part in vars(learner).items():
-            kinds = [{key: type(value) for key, value in group.items()} for group in getattr(part, "param_groups", ())]
+            fresh = [dict(group) for group in getattr(part, "param_groups", ())]
             part.load_state_dict(state["learner"][name])
             if isinstance(part, torch.optim.Optimizer):  # which itself compares neither settings nor shapes
-                for group, types in zip(part.param_groups, kinds, strict=True):
-                    group["capturable"] = group["params"][0].is_cuda  # the run may come from another device
-                    if {key: type(value) for key, value in group.items()} != types:
+                for group, own in zip(part.param_groups, fresh, strict=True):
+                    if "capturable" in own:  # the run may come from another device
+                        group["capturable"] = own["capturable"]
+                    if {key: type(value) for key, value in group.items()} != {key: type(own[key]) for key in own}:
                         raise ValueError(f"{name} has other settings")
                 for parameter, moments in part.state.items():
-                    shapes = [moments[moment].shape for moment in ("exp_avg", "exp_avg_sq", "step")]
-                    if shapes != [parameter.shape, parameter.shape, ()]:
+                    if not {moment.shape for moment in moments.values()} <= {parameter.shape, torch.Size()}:
                         raise ValueError(f"{name} belongs to another network")
         random.setstate(state["random"]["python"])
         np.random.set_state(tuple(state["random"]["numpy"]))

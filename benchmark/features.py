@@ -84,7 +84,10 @@ def look(module: ModuleType, learner: Any, args: Any, states: np.ndarray) -> tup
         x = module.novelty_input(chunk.to(device), learner.obs_stats, args.norm_obs)
         features.append(learner.target(x))
         rewards.append(module.novelty(features[-1], learner.predictor(x), args.int_reward_scale))
-    return torch.cat(features).cpu().numpy(), torch.cat(rewards).cpu().numpy()
+    paid = torch.cat(rewards)
+    if args.norm_int_reward:
+        paid = paid / learner.int_returns.stats.var.sqrt().float().clamp(min=1e-8)
+    return torch.cat(features).cpu().numpy(), paid.cpu().numpy()
 
 
 def room_numbers(features: np.ndarray, rooms: np.ndarray) -> dict[str, float]:
@@ -188,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(set(games.values())) > 1:
         fail("the runs play different games: " + ", ".join(f"{name} in {run}" for run, name in games.items()))
     if game not in loaded[policy][0].ROOM_GAMES:
-        fail(f"the rooms of {game} are unknown; they are known of {', '.join(loaded[policy][0].ROOM_GAMES)}")
+        fail(f"the rooms of {game} are unknown; they are known of {', '.join(sorted(loaded[policy][0].ROOM_GAMES))}")
 
     cuda = all(args.cuda for _, args, _ in loaded.values()) and torch.cuda.is_available()
     device, learners = torch.device("cuda" if cuda else "cpu"), {}

@@ -402,6 +402,19 @@ def test_checkpoint_with_other_parts_is_refused_by_name(
         assert f"other parts of the Learner: ['{part}']" in assert_refused(tmp_path / "checkpoint.pt", capsys)
 
 
+@pytest.mark.parametrize("optimiser", ["RMSprop(parameters, lr=1e-4)", "SGD(parameters, lr=1e-4, momentum=0.9)"])
+def test_copy_with_another_optimiser_resumes(optimiser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other optimisers keep other moments and settings than Adam."""
+    line = "        self.predictor_optimizer = adam(self.predictor.parameters())\n"
+    other = line.replace("adam(self.predictor.parameters())", f"torch.optim.{optimiser}")
+    mine = copied(tmp_path, monkeypatch, line, other.replace("parameters,", "self.predictor.parameters(),"))
+    assert call_main(mine, flags(1)) == 0
+    saved = read_checkpoint(Path("runs/run"))["learner"]["predictor_optimizer"]
+    assert saved["state"] and "exp_avg" not in saved["state"][0]
+    assert call_main(mine, ["--resume", "runs/run", "--total-timesteps", str(2 * BATCH)]) == 0
+    assert read_checkpoint(Path("runs/run"))["counters"]["iteration"] == 2
+
+
 @pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq", "step"])
 def test_optimiser_of_another_network_is_refused(
     rnd_state: dict, moment: str, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -80,6 +80,10 @@ def test_look_against_plain_arithmetic(runs: dict[str, Path]):
     np.testing.assert_allclose(seen, target, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(rewards, 1e-4 * ((target - predictor) ** 2).sum(axis=1), rtol=1e-4)
 
+    learner.int_returns.stats.var.fill_(0.25)
+    _, divided = features.look(module, learner, features.replace(args, norm_int_reward=True), states)
+    np.testing.assert_allclose(divided, 2 * rewards, rtol=1e-6)
+
 
 def test_numbers_of_known_features():
     rng = np.random.default_rng(0)
