@@ -58,7 +58,6 @@ from torch.utils.tensorboard import SummaryWriter
 from models import FAST_BFLOAT16, ActorCritic, make_predictor, make_target
 
 SCRIPT = Path(__file__).stem
-CPU = torch.device("cpu")
 
 
 @dataclass
@@ -326,7 +325,7 @@ class AtariEnvs:
     An episode's end is followed by a *reset row*: the step after it ignores its action and returns the first
     observation of the next episode. So where `next_done` is True, `next_obs` is the true final observation.
 
-    On a GPU the games form three groups, so that two play while the network looks at the third.
+    The games may form groups, so that some play while the network looks at the others.
 
     Attributes:
         groups: the games of each group, as slices of the N.
@@ -337,10 +336,10 @@ class AtariEnvs:
         returns, lengths: true scores and agent steps of the games finished since they were last taken.
     """
 
-    def __init__(self, args: Args, seed: int, device: torch.device = CPU):
+    def __init__(self, args: Args, seed: int, num_groups: int = 1):
         self.game, n = game_of(args), args.num_envs
-        count = min(n, 3) if device.type == "cuda" else 1
-        edges = [n * i // count for i in range(count + 1)]
+        num_groups = min(n, num_groups)
+        edges = [n * i // num_groups for i in range(num_groups + 1)]
         self.groups = [slice(*edge) for edge in itertools.pairwise(edges)]
         self.envs = [self.make(args, seed, group) for group in self.groups]
         self.num_actions = int(self.envs[0].single_action_space.n)
@@ -400,6 +399,7 @@ class AtariEnvs:
         self.frames[group], _, terminated, truncated, info = self.envs[group].recv()
         game_over = info["terminated"].astype(bool)
         terminated |= game_over  # in its last permitted step, EnvPool calls a game that is over only truncated
+        done = terminated | truncated
         self.scores[rows] += info["reward"]
         self.steps[rows] += ~self.next_done[rows]  # a reset row is no step
         for i in rows.start + np.flatnonzero(game_over | truncated):
@@ -407,8 +407,8 @@ class AtariEnvs:
             self.lengths.append(int(self.steps[i]))
             self.scores[i] = self.steps[i] = 0
         self.count_rooms(info["ram"], self.ram[rows], self.next_done[rows])
-        self.next_done[rows], self.ram[rows] = terminated | truncated, info["ram"]
-        return info["reward"].astype(np.float32), terminated, terminated | truncated
+        self.next_done[rows], self.ram[rows] = done, info["ram"]
+        return info["reward"].astype(np.float32), terminated, done
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Step every game; actions, rewards, `terminated` and `done` are (N,)."""
@@ -463,6 +463,14 @@ def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
+def take(obs: Tensor, inds: Tensor) -> Tensor:
+    """obs[inds] of obs (rows, ..., 96, 96) uint8 and inds (n,) int64, copied eight pixels at a time.
+
+    A row of another type must be a multiple of eight bytes long.
+    """
+    return obs.view(torch.int64).index_select(0, inds).view(obs.dtype)
+
+
 class RunningMeanStd(nn.Module):
     """Mean and variance of all rows ever given to `update`, by Chan's parallel formula, as buffers of a checkpoint.
 
@@ -514,7 +522,7 @@ def init_obs_stats(obs_stats: RunningMeanStd, args: Args, seed: int) -> None:
         for _ in range(args.norm_init_steps):
             frames = torch.from_numpy(envs.next_obs[~envs.next_done, -1:])  # not the input of a reset row
             if len(frames):
-                obs_stats.update(frames.to(obs_stats.mean.device).float() / 256)
+                obs_stats.update(frames / 256)
             envs.step(rng.integers(envs.num_actions, size=args.num_envs, dtype=np.int32))
     finally:
         envs.close()
@@ -657,12 +665,11 @@ def gae(
     observation, its value is the right bootstrap of a truncated episode. A non-episodic stream passes no ends at all
     and so flows through reset rows, whose reward is 0.
     """
-    deltas = rewards + gamma * values[1:] * ~terminations - values[:-1]
+    advantages = rewards + gamma * values[1:] * ~terminations - values[:-1]  # the deltas: the last row is complete
     decay = gamma * gae_lambda * ~dones
-    advantages = torch.zeros_like(values)  # the last row stays 0: what follows it is in its value
-    for t in reversed(range(len(rewards))):
-        torch.addcmul(deltas[t], decay[t], advantages[t + 1], out=advantages[t])  # delta + decay * the next advantage
-    return advantages[:-1]
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t].addcmul_(decay[t], advantages[t + 1])  # delta + decay * the next advantage
+    return advantages
 
 
 def estimate_advantages(rollout: Rollout, int_rewards: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -846,9 +853,8 @@ def collect_rollout(
                     envs.step_async(group, next_actions)
                     if training is not None:
                         next(training, None)
-    from_host = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
-    from_host = [torch.from_numpy(array).to(device) for array in from_host]
-    return Rollout(obs, actions, logprobs, values, *from_host)
+    on_host = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
+    return Rollout(obs, actions, logprobs, values, *(torch.from_numpy(array).to(device) for array in on_host))
 
 
 def end_idle_threads() -> None:
@@ -862,14 +868,6 @@ def shuffled_inds(args: Args, device: torch.device) -> Tensor:
     """The minibatches of all epochs, (update_epochs * num_minibatches, size) int64: in each epoch every row once."""
     epochs = [torch.randperm(args.num_steps * args.num_envs, device=device) for _ in range(args.update_epochs)]
     return torch.cat(epochs).view(args.update_epochs * args.num_minibatches, -1)
-
-
-def take(obs: Tensor, inds: Tensor) -> Tensor:
-    """obs[inds] of obs (rows, ..., 96, 96) uint8 and inds (n,) int64, copied eight pixels at a time.
-
-    A row of another type must be a multiple of eight bytes long.
-    """
-    return obs.view(torch.int64).index_select(0, inds).view(obs.dtype)
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
@@ -919,7 +917,7 @@ def novelty_step(
         target_features = learner.target(x)
     distillation = distillation_loss(learner.predictor(x), target_features, valid, update_proportion)
     descend(learner.predictor_optimizer, distillation)
-    return torch.stack([distillation.detach(), contrastive.detach()])
+    return torch.stack([distillation, contrastive]).detach()
 
 
 def train_novelty(
@@ -975,6 +973,84 @@ CHECKPOINT_VERSION = 2
 def warn(message: str) -> None:
     """One line on standard error, below the live line of a terminal; training goes on."""
     say(("\n" if sys.stdout.isatty() else "") + f"{SCRIPT}: warning: {message}", sys.stderr)
+
+
+class Log:
+    """TensorBoard events of a run; a full disk costs log lines, not the run.
+
+    A step is written one iteration late, or at `flush`, for its numbers may still be on their way from the GPU.
+    """
+
+    def __init__(self, run_dir: Path, args: Args, step: int):
+        self.run_dir, self.pending = run_dir, ({}, step)
+        # The writer's thread need not print the error that `write` reports.
+        threading.excepthook = lambda error: issubclass(error.exc_type, OSError) or threading.__excepthook__(error)
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=re.sub(r"\W", "-", args.run_name),
+                name=args.run_name,
+                resume="allow",
+                config=asdict(args),
+                sync_tensorboard=True,
+                save_code=True,
+            )
+        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1)  # hides what older files logged from there on
+        if step == 0:
+            rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        self.writer.flush()
+
+    def write(self, scalars: dict[str, float | Tensor], step: int) -> None:
+        """Log {tag: value} at an agent step, when the next is logged or at `flush`; until then no tensor may change."""
+        self.flush()
+        self.pending = scalars, step
+
+    def flush(self, learner: Learner | None = None) -> None:
+        """Put the last step on the disk; exit status 1 if a number of it, or a weight of `learner`, is not finite."""
+        scalars, step = {tag: float(value) for tag, value in self.pending[0].items()}, self.pending[1]
+        self.pending = {}, step
+        parts = vars(learner).items() if learner else ()
+        networks = {f"weights/{name}": list(part.parameters()) for name, part in parts if isinstance(part, nn.Module)}
+        norms = {name: nn.utils.get_total_norm(parameters).item() for name, parameters in networks.items()}
+        for name, value in (scalars | norms).items():
+            if not math.isfinite(value):
+                fail(f"step {step}: {name} is {value}; the last good checkpoint is kept in {self.run_dir}", status=1)
+        before = set(self.run_dir.glob("events.out.tfevents.*"))
+        try:
+            self.writer = self.writer or SummaryWriter(str(self.run_dir), purge_step=step)
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, step)
+            self.writer.flush()
+        except OSError as error:
+            warn(f"step {step} was not logged: {error}")
+            self.writer = None  # the next step begins a new file, and takes it back if that cannot be written either
+            for path in set(self.run_dir.glob("events.out.tfevents.*")) - before:
+                path.unlink()
+
+
+class Progress:
+    """A line that is rewritten in a terminal, and printed every half minute elsewhere."""
+
+    def __init__(self, args: Args, step: int):
+        self.total, self.first, self.start, self.last = args.total_timesteps, step, time.time(), 0.0
+
+    def show(self, step: int, scores: deque, rooms: set | None, int_reward: float, final: bool) -> None:
+        """Steps done, steps per second, time left, mean return of the last 100 games, rooms, intrinsic reward."""
+        terminal, now = sys.stdout.isatty(), time.time()
+        if not terminal and not final and now - self.last < 30:
+            return
+        self.last = now
+        rate = (step - self.first) / (now - self.start)
+        left = int((self.total - step) / rate)
+        line = f"{step:,} / {self.total:,} steps | {rate:,.0f} steps/s | {left // 3600}:{left // 60 % 60:02} h left"
+        line += f" | return {np.mean(scores):,.1f}" if scores else " | return -"
+        line += f" | rooms {len(rooms)}" if rooms is not None else ""
+        line += f" | r_int {int_reward:.4f}"
+        say(f"\r{line}\x1b[K" if terminal else line, sys.stdout, end="\n" if final or not terminal else "")
 
 
 def open_run(run_dir: Path, new: bool) -> None:
@@ -1044,7 +1120,7 @@ def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict)
     os.close(folder)
 
 
-def try_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict, log: "Log") -> None:
+def try_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict, log: Log) -> None:
     """Finish the log and write a checkpoint; where there is no room for it, say so and leave the last one."""
     log.flush(learner)
     try:
@@ -1171,84 +1247,6 @@ def catch_stop_signals() -> list[int]:
     return caught
 
 
-class Log:
-    """TensorBoard events of a run; a full disk costs log lines, not the run.
-
-    A step is written one iteration late, or at `flush`, for its numbers may still be on their way from the GPU.
-    """
-
-    def __init__(self, run_dir: Path, args: Args, step: int):
-        self.run_dir, self.pending = run_dir, ({}, step)
-        # The writer's thread need not print the error that `write` reports.
-        threading.excepthook = lambda error: issubclass(error.exc_type, OSError) or threading.__excepthook__(error)
-        if args.track:
-            import wandb
-
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                id=re.sub(r"\W", "-", args.run_name),
-                name=args.run_name,
-                resume="allow",
-                config=asdict(args),
-                sync_tensorboard=True,
-                save_code=True,
-            )
-        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1)  # hides what older files logged from there on
-        if step == 0:
-            rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        self.writer.flush()
-
-    def write(self, scalars: dict[str, float | Tensor], step: int) -> None:
-        """Log {tag: value} at an agent step, when the next is logged or at `flush`; until then no tensor may change."""
-        self.flush()
-        self.pending = scalars, step
-
-    def flush(self, learner: Learner | None = None) -> None:
-        """Put the last step on the disk; exit status 1 if a number of it, or a weight of `learner`, is not finite."""
-        scalars, step = {tag: float(value) for tag, value in self.pending[0].items()}, self.pending[1]
-        self.pending = {}, step
-        parts = vars(learner).items() if learner else ()
-        networks = {f"weights/{name}": list(part.parameters()) for name, part in parts if isinstance(part, nn.Module)}
-        norms = {name: nn.utils.get_total_norm(parameters).item() for name, parameters in networks.items()}
-        for name, value in (scalars | norms).items():
-            if not math.isfinite(value):
-                fail(f"step {step}: {name} is {value}; the last good checkpoint is kept in {self.run_dir}", status=1)
-        before = set(self.run_dir.glob("events.out.tfevents.*"))
-        try:
-            self.writer = self.writer or SummaryWriter(str(self.run_dir), purge_step=step)
-            for tag, value in scalars.items():
-                self.writer.add_scalar(tag, value, step)
-            self.writer.flush()
-        except OSError as error:
-            warn(f"step {step} was not logged: {error}")
-            self.writer = None  # the next step begins a new file, and takes it back if that cannot be written either
-            for path in set(self.run_dir.glob("events.out.tfevents.*")) - before:
-                path.unlink()
-
-
-class Progress:
-    """A line that is rewritten in a terminal, and printed every half minute elsewhere."""
-
-    def __init__(self, args: Args, step: int):
-        self.total, self.first, self.start, self.last = args.total_timesteps, step, time.time(), 0.0
-
-    def show(self, step: int, scores: deque, rooms: set | None, int_reward: float, final: bool) -> None:
-        """Steps done, steps per second, time left, mean return of the last 100 games, rooms, intrinsic reward."""
-        terminal, now = sys.stdout.isatty(), time.time()
-        if not terminal and not final and now - self.last < 30:
-            return
-        self.last = now
-        rate = (step - self.first) / (now - self.start)
-        left = int((self.total - step) / rate)
-        line = f"{step:,} / {self.total:,} steps | {rate:,.0f} steps/s | {left // 3600}:{left // 60 % 60:02} h left"
-        line += f" | return {np.mean(scores):,.1f}" if scores else " | return -"
-        line += f" | rooms {len(rooms)}" if rooms is not None else ""
-        line += f" | r_int {int_reward:.4f}"
-        say(f"\r{line}\x1b[K" if terminal else line, sys.stdout, end="\n" if final or not terminal else "")
-
-
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
 
@@ -1280,7 +1278,8 @@ def main() -> None:
     try:
         if state is None:
             init_obs_stats(obs_stats, args, env_seed)
-        envs = AtariEnvs(args, env_seed, device)
+        # A GPU looks at one group while two play; a CPU has no hands free.
+        envs = AtariEnvs(args, env_seed, num_groups=3 if device.type == "cuda" else 1)
     except (EOFError, ConnectionError):
         if state is None:
             discard_run(run_dir)

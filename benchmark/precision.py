@@ -226,16 +226,13 @@ def train_novelty(script: ModuleType, learner: object, frames: Tensor, args: obj
         if hasattr(learner, "target_optimizer"):
             inds, labels = script.draw_pairs(everything, 1, script.NUM_PAIRS)
             pairs = script.augment(script.novelty_input(frames[inds[0]], learner.obs_stats, args.norm_obs))
-            learner.target_optimizer.zero_grad()
-            script.contrastive_loss(learner.target(pairs), labels[0]).backward()
-            learner.target_optimizer.step()
+            script.descend(learner.target_optimizer, script.contrastive_loss(learner.target(pairs), labels[0]))
         inds = torch.randperm(len(frames), device=frames.device)[: len(valid)]
         x = script.novelty_input(frames[inds], learner.obs_stats, args.norm_obs)
         with torch.no_grad():
             target_features = learner.target(x)
-        learner.predictor_optimizer.zero_grad()
-        script.distillation_loss(learner.predictor(x), target_features, valid[: len(x)], 1.0).backward()
-        learner.predictor_optimizer.step()
+        loss = script.distillation_loss(learner.predictor(x), target_features, valid[: len(x)], 1.0)
+        script.descend(learner.predictor_optimizer, loss)
     return options.max_updates
 
 

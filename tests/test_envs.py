@@ -4,7 +4,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 from conftest import BACKENDS, GAMES, Recorder, make_args
 
 START_ROOMS = {"MontezumaRevenge": 1, "Pitfall": 196, "PrivateEye": 0, "Venture": 8, "Solaris": 21}
@@ -261,7 +260,7 @@ def test_unknown_games(script: ModuleType, game: str, capsys: pytest.CaptureFixt
 def test_groups_of_a_gpu_play_the_same_games(snd: ModuleType, backend: str, num_envs: int, short_episodes: int) -> None:
     """Games in up to three groups, as on a GPU, are those that play in one, over the ends of many episodes."""
     args = make_args(snd, env_id="MontezumaRevenge-v5", env_backend=backend, num_envs=num_envs)
-    one, groups = snd.AtariEnvs(args, 5), snd.AtariEnvs(args, 5, torch.device("cuda"))
+    one, groups = snd.AtariEnvs(args, 5), snd.AtariEnvs(args, 5, num_groups=3)
     assert [len(envs.groups) for envs in (one, groups)] == [1, min(3, num_envs)]
     rng = np.random.default_rng(0)
     for _ in range(3 * short_episodes):
