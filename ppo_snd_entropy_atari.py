@@ -530,7 +530,7 @@ class DiscountedReturns(nn.Module):
 
 
 def init_obs_stats(obs_stats: RunningMeanStd, args: Args, seed: int) -> None:
-    """Start the frame statistics with `norm_init_steps` random steps of each environment."""
+    """Start the frame statistics, still on the CPU, with `norm_init_steps` random steps of each environment."""
     envs, rng = AtariEnvs(args, seed), np.random.default_rng(seed)
     try:
         for _ in range(args.norm_init_steps):
@@ -1363,7 +1363,7 @@ def main() -> None:
     try:
         if state is None:
             init_obs_stats(obs_stats, args, env_seed)
-        # A GPU looks at one group while two play; a CPU has no hands free.
+        # On a GPU two groups play while the network looks at the third; a CPU is busy either way.
         envs = AtariEnvs(args, env_seed, num_groups=3 if device.type == "cuda" else 1)
     except (EOFError, ConnectionError):
         if state is None:
