@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -137,14 +138,16 @@ class Args:
     """share of the distillation loss's elements that is kept, in (0, 1]; unset: min(1, 32 / num_envs)"""
 
 
-# The least and the largest value of each number.
 TINY, HUGE = 1e-12, 1e12
-LIMITS = {"seed": (0, 2**31 - 1), "num_steps": (2, HUGE), "norm_init_steps": (1, HUGE), "update_proportion": (TINY, 1)}
-LIMITS |= dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "checkpoint_interval"], (1, HUGE))
-LIMITS |= dict.fromkeys(["total_timesteps", "learning_rate", "clip_coef", "max_grad_norm"], (TINY, HUGE))
-LIMITS |= dict.fromkeys(["ent_coef", "vf_coef", "ext_coef", "int_coef", "int_reward_scale"], (0, HUGE))
-LIMITS |= dict.fromkeys(["actor_hidden_gain", "critic_hidden_gain"], (0, HUGE))
-LIMITS |= dict.fromkeys(["gamma", "int_gamma", "gae_lambda", "repeat_action_probability"], (0, 1))
+LIMITS = {  # the least and the largest value of these flags
+    "num_envs num_minibatches update_epochs checkpoint_interval norm_init_steps": (1, HUGE),
+    "total_timesteps learning_rate clip_coef max_grad_norm": (TINY, HUGE),
+    "ent_coef vf_coef ext_coef int_coef int_reward_scale actor_hidden_gain critic_hidden_gain": (0, HUGE),
+    "gamma int_gamma gae_lambda repeat_action_probability": (0, 1),
+    "update_proportion": (TINY, 1),
+    "num_steps": (2, HUGE),
+    "seed": (0, 2**31 - 1),
+}
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -155,10 +158,11 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def check_args(args: Args) -> None:
     """Refuse what cannot be trained with, before anything is built; exit status 2."""
-    for name, (least, most) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            fail(f"--{name.replace('_', '-')} {value}: must be from {least:.10g} to {most:.10g}")
+    for names, (least, most) in LIMITS.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:
+                fail(f"--{name.replace('_', '-')} {value}: must be from {least:.10g} to {most:.10g}")
     args.total_timesteps = int(args.total_timesteps)  # 1e6 is a float
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
@@ -175,7 +179,7 @@ def check_args(args: Args) -> None:
 def parse_args() -> tuple[Args, dict | None]:
     """The arguments and, with --resume, the checkpoint; exit status 2 if they are wrong."""
     for flag, value in itertools.pairwise(sys.argv):
-        if flag.startswith("--") and value in ("True", "False"):
+        if flag.startswith("--") and value.lower() in ("true", "false"):
             fail(f"{flag} {value}: a switch takes no value, write {flag} or --no-{flag[2:]}")
     cli = partial(tyro.cli, Args, description=__doc__.splitlines()[0])
     args, checkpoint = cli(), None
@@ -247,7 +251,7 @@ class AtariEnvs:
         groups: slices of the N games; some groups can play while the network looks at another.
         next_obs: of each group, (size of the group, 4, 96, 96) uint8.
         resets: (N,) bool, True where the next row is a reset row.
-        rooms: ids of the rooms seen; None where they are unknown.
+        rooms: ids of the rooms seen; empty where the game or the backend tells none.
         finished: (true score, agent steps) of each game that has ended; to be emptied by the reader.
     """
 
@@ -262,8 +266,8 @@ class AtariEnvs:
         # EnvPool itself ends an episode at a lost life and goes on after a reset row; ALE would start a new game.
         self.watch_lives = args.episodic_life and args.env_backend == "gymnasium"
         self.lives = np.concatenate([info["lives"] for info in infos])
-        self.rooms = None
-        if self.game in ROOM_GAMES and args.env_backend == "envpool":
+        self.rooms, self.knows_rooms = set(), self.game in ROOM_GAMES and args.env_backend == "envpool"
+        if self.knows_rooms:
             self.ram = np.concatenate([info["ram"] for info in infos])
             self.rooms = set(rooms_of(self.game, self.ram, self.ram, np.ones(n, bool)).tolist()) - {-1}
 
@@ -287,7 +291,7 @@ class AtariEnvs:
         ended = rows.start + np.flatnonzero(game_over | truncated)
         self.finished += zip(self.scores[ended].tolist(), self.lengths[ended].tolist(), strict=True)
         self.scores[ended] = self.lengths[ended] = 0
-        if self.rooms is not None:
+        if self.knows_rooms:
             self.rooms |= set(rooms_of(self.game, info["ram"], self.ram[rows], was_reset).tolist()) - {-1}
             self.ram[rows] = info["ram"]
         return rewards, terminated, terminated | truncated
@@ -372,6 +376,7 @@ class Learner(nn.Module):
             for network in (self.agent, self.target, self.predictor):
                 network.compile(dynamic=False)  # the few batch shapes never change
         # For `recorded`: capturable, and the learning rate a tensor, which a schedule must change in place.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")
         lr = torch.tensor(args.learning_rate, device=device)
         adam = partial(torch.optim.Adam, lr=lr, fused=True, capturable=device.type == "cuda")
         self.optimizers = {"agent": adam(self.agent.parameters()), "predictor": adam(self.predictor.parameters())}
@@ -438,8 +443,8 @@ def collect_rollout(envs: AtariEnvs, act: Callable, obs: Tensor, args: Args) -> 
                 actions[t, rows], logprobs[t, rows] = chosen["actions"], chosen["logprobs"]
                 valid[t, rows] = ~envs.resets[rows]
                 envs.send(group, chosen["actions"].to("cpu", torch.int32).numpy())
-    on_host = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
-    return Rollout(obs, actions, logprobs, values, *(torch.from_numpy(array).to(device) for array in on_host))
+    played = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
+    return Rollout(obs, actions, logprobs, values, *(torch.from_numpy(x).to(device) for x in played))
 
 
 # ---- Novelty ----
@@ -571,8 +576,7 @@ def ppo_loss(
     obs (batch, 4, 96, 96) uint8, returns (batch, heads), the rest (batch,). Returns the loss and, detached, its parts
     and how far the policy has moved.
     """
-    with autocast(args, obs.device):
-        logits, values = agent(obs)
+    logits, values = agent(obs)
     weights = valid / valid.sum().clamp(min=1)  # a reset row weighs 0; the shape of a minibatch never changes
     all_logprobs = logits.log_softmax(dim=1)
     logratio = all_logprobs.gather(1, actions[:, None])[:, 0] - logprobs
@@ -592,7 +596,8 @@ def ppo_loss(
 def train_policy(learner: Learner, args: Args, **minibatch: Tensor) -> dict[str, Tensor]:
     """One step of the policy and the values on a minibatch, the tensors of ppo_loss; returns its losses."""
     loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
-    loss, losses = loss_function(learner.agent, args, **minibatch)
+    with autocast(args, minibatch["obs"].device):
+        loss, losses = loss_function(learner.agent, args, **minibatch)
     descend(learner.optimizers["agent"], loss, args.max_grad_norm)
     return losses
 
@@ -627,7 +632,7 @@ def update(
     train_novelty: Callable,
     args: Args,
 ) -> dict[str, Tensor]:
-    """Train on a rollout, advantages (T, N), returns (T, N, heads), target_features (T + 1, N, 512); the mean losses."""
+    """Train on a rollout, advantages (T, N), returns (T, N, heads), target_features (T + 1, N, 512); mean losses."""
     batch = {"obs": rollout.obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs}
     batch |= {"advantages": advantages, "returns": returns, "valid": rollout.valid}
     batch = {name: x.flatten(0, 1) for name, x in batch.items()}
@@ -699,7 +704,7 @@ def side_by_side(one: Callable, other: Callable) -> dict[str, Tensor]:
 
 
 def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
-    """Write checkpoint.pt, so that a kill at any instant leaves the old one or the new one."""
+    """Write checkpoint.pt; a kill at any instant leaves the old one or the new one."""
     if not nn.utils.get_total_norm(learner.parameters()).isfinite():
         fail(f"a weight is not finite; the last good checkpoint is kept in {run_dir}", status=1)
     checkpoint = {"script": SCRIPT, "args": asdict(args) | {"resume": None}, "counters": counters}
@@ -778,13 +783,13 @@ class Progress:
         self.total, self.first_step, self.start, self.printed = args.total_timesteps, global_step, time.time(), 0.0
         self.numbers = f"{global_step:,} / {self.total:,} steps"
 
-    def count(self, global_step: int, scores: deque, rooms: set | None, int_reward: float) -> None:
+    def count(self, global_step: int, scores: deque, rooms: set, int_reward: float) -> None:
         """Set the numbers: steps, steps/s, time left, mean score of the last 100 games, rooms, intrinsic reward."""
         rate = (global_step - self.first_step) / (time.time() - self.start)
         left = timedelta(seconds=int((self.total - global_step) / rate))
         score = f"{np.mean(scores):,.1f}" if scores else "-"
         self.numbers = f"{global_step:,} / {self.total:,} steps | {rate:,.0f} steps/s | {left} left | return {score}"
-        self.numbers += f"{'' if rooms is None else f' | rooms {len(rooms)}'} | r_int {int_reward:.4f}"
+        self.numbers += f"{f' | rooms {len(rooms)}' if rooms else ''} | r_int {int_reward:.4f}"
 
     def show(self, doing: str, final: bool = False) -> None:
         """Print the numbers and what is being done."""
@@ -831,10 +836,10 @@ def main() -> None:
 
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     print(f"{run_dir}: {game_of(args)}, {num_iterations:,} iterations of {batch_size:,} steps on {device}", flush=True)
-    if device.type == "cuda":
-        torch.set_num_threads(1)  # more would wait actively and take the processors from the emulators
-    else:
+    if device.type == "cpu":
         print("hint: on a CPU try --model A --num-envs 32; beside other runs, set OMP_NUM_THREADS=1", flush=True)
+    else:
+        torch.set_num_threads(1)  # more would wait actively and take the processors from the emulators
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.bf16
     torch.manual_seed(args.seed)
@@ -847,8 +852,7 @@ def main() -> None:
     else:
         print(f"frame statistics: {args.norm_init_steps} random steps of each game", flush=True)
         init_obs_stats(learner.obs_stats, args, env_seed)
-    if envs.rooms is not None:
-        envs.rooms.update(counters["rooms"])
+    envs.rooms.update(counters["rooms"])
     act_, train_policy_, train_novelty_ = (
         recorded(partial(function, learner, args), device) for function in (act, train_policy, train_novelty)
     )
@@ -881,11 +885,11 @@ def main() -> None:
         scalars["charts/intrinsic_reward_std"] = int_rewards[rollout.valid].std(correction=0)
         scalars["charts/learning_rate"] = learner.optimizers["agent"].param_groups[0]["lr"]
         if envs.finished:
-            new_scores, lengths = zip(*envs.finished, strict=True)
-            scalars |= {"charts/episodic_return": np.mean(new_scores), "charts/episodic_length": np.mean(lengths)}
-            scores.extend(new_scores)
+            finished = np.array(envs.finished)  # (games, 2)
+            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = finished.mean(axis=0)
+            scores.extend(finished[:, 0].tolist())
             envs.finished.clear()
-        if envs.rooms is not None:
+        if envs.rooms:
             scalars["charts/explored_rooms"] = len(envs.rooms)
         scalars["charts/SPS"] = batch_size / (time.time() - start)
         log(writer, scalars, global_step)
@@ -893,7 +897,7 @@ def main() -> None:
         last = bool(stop) or iteration == num_iterations
         if last or iteration % args.checkpoint_interval == 0:
             progress.show("saving", final=last)
-            counters = {"global_step": global_step, "rooms": sorted(envs.rooms or []), "scores": list(scores)}
+            counters = {"global_step": global_step, "rooms": sorted(envs.rooms), "scores": list(scores)}
             save_checkpoint(run_dir, args, learner, counters)
         if stop and iteration < num_iterations:
             print(f"stopped at step {global_step:,}; go on with: python {sys.argv[0]} --resume {run_dir}")

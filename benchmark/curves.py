@@ -41,18 +41,8 @@ HYPERPARAMETERS = "hyperparameters/text_summary"
 CSV_COLUMNS = ["game", "method", "seed", "agent_steps", *METRICS]
 TABLE_STEPS = [million * 1_000_000 for million in (1, 2, 5, 10, 20, 32, 64, 128)]
 # Arguments that may differ between the seeds of one method: they name the run or say where it ran.
-FREE_ARGS = {
-    "seed",
-    "env_id",
-    "run_name",
-    "resume",
-    "total_timesteps",
-    "checkpoint_interval",
-    "track",
-    "cuda",
-    "compile",
-}
-FREE_ARGS |= {"wandb_project_name", "wandb_entity", "torch_deterministic", "env_backend", "bf16"}
+FREE_ARGS = {"seed", "env_id", "run_name", "resume", "total_timesteps", "checkpoint_interval", "track", "cuda"}
+FREE_ARGS |= {"wandb_project_name", "wandb_entity", "torch_deterministic", "env_backend", "compile", "bf16"}
 GAME_ALIASES = {"montezuma": "montezumarevenge", "pacman": "mspacman"}  # short names that published curves use
 # Okabe and Ito's colours without yellow; lengths without a common factor, so that no two methods look alike.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -128,8 +118,8 @@ def read_events(run_dir: Path, method: str | None) -> Run:
     events.Reload()
     tags = events.Tags()
     logged = events.Tensors(HYPERPARAMETERS) if HYPERPARAMETERS in tags["tensors"] else []
-    texts = [event.tensor_proto.string_val[0].decode() for event in logged]
-    tables = [dict(re.findall(r"^\|(\w+)\|(.*)\|$", text, re.M)) for text in texts]
+    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in logged}  # one of each start
+    tables = [dict(re.findall(r"^\|(\w+)\|(.*)\|$", text, re.M)) for text in texts.values()]
     if not tables or not all({"env_id", "seed"} <= table.keys() for table in tables):
         fail(f"{run_dir} has no {HYPERPARAMETERS} of these scripts{note}: leave it out")
     if len({table["env_id"] for table in tables}) > 1:
@@ -142,6 +132,8 @@ def read_events(run_dir: Path, method: str | None) -> Run:
         fail(f"{run_dir} has no {METRICS['intrinsic_reward'][0]}{note}: it has logged nothing yet, leave it out")
     if broken:
         warn(f"{run_dir}/{broken[0]} is half-written or damaged; its records up to there are used")
+    if changed := {name for table in tables for name, _ in table.items() ^ args.items()} - FREE_ARGS:
+        warn(f"{run_dir} was resumed with another {', '.join(sorted(changed))}")
     game, series = match[1] or match[2], {}
     for metric, (tag, _) in METRICS.items():
         if tag in tags["scalars"]:

@@ -4,12 +4,13 @@
     python benchmark/enjoy.py runs/NAME --episodes 20 --greedy --output films/venture
     python benchmark/enjoy.py runs/NAME --script ~/mine/my_snd.py
 
-An episode is a whole game, under the protocol the run was trained with. No screen is needed.
+An episode is a whole game, under the protocol the run was trained with, on EnvPool whatever the run's backend was. No
+screen is needed.
 """
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import itertools
 import math
 import os
@@ -17,9 +18,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import imageio.v2 as imageio
@@ -67,13 +70,12 @@ def load_run(run_dir: Path, scripts: Sequence[Path] = ()) -> tuple[ModuleType, A
     sys.path.insert(0, folder)
     try:
         module = importlib.import_module(script.stem)
-        state = module.load_checkpoint(path)
-        args = module.Args(**state["args"])
+        checkpoint = module.load_checkpoint(run_dir)
     except (ImportError, AttributeError, SyntaxError) as error:
         fail(f"{script} is not a training script of this project: {error}")
     finally:
         sys.path.remove(folder)
-    return module, replace(args, compile=False), state
+    return module, replace(checkpoint["args"], compile=False), checkpoint
 
 
 def load_runs(run_dirs: Iterable[Path], scripts: Sequence[Path]) -> dict[Path, tuple[ModuleType, Any, dict]]:
@@ -83,21 +85,29 @@ def load_runs(run_dirs: Iterable[Path], scripts: Sequence[Path]) -> dict[Path, t
             fail(f"--script {script}: there is no such file")
     runs = {run_dir: load_run(run_dir, scripts) for run_dir in dict.fromkeys(run_dirs)}
     for script in scripts:
-        if script.stem not in {state["script"] for _, _, state in runs.values()}:
+        if script.stem not in {checkpoint["script"] for _, _, checkpoint in runs.values()}:
             fail(f"--script {script}: no checkpoint was written by a script of that name")
     return runs
 
 
-def make_game(module: ModuleType, args: Any, seed: int) -> Any:
-    """One emulator of the run's game and protocol, whose colour screen can be read, whatever the run's backend."""
-    rom = module.rom_names("gymnasium")[module.game_of(replace(args, env_backend="gymnasium"))]
-    return module.AtariGame(rom, seed, args.repeat_action_probability, args.episodic_life)
+def make_envs(module: ModuleType, args: Any, seed: int) -> Any:
+    """`args.num_envs` games as the script itself makes them, but on EnvPool, with colour screens to be read.
+
+    The script asks EnvPool for its games, so the one option that it does not know is added to what it asks for.
+    """
+    if not importlib.util.find_spec("envpool"):
+        fail("games are played on EnvPool, whatever the run's own backend: pip install envpool")
+    import envpool
+
+    module.check_args(args := replace(args, seed=seed, env_backend="envpool", track=False))
+    with patch.object(envpool, "make", partial(envpool.make, render_mode="rgb_array")):
+        return module.AtariEnvs(args, seed)
 
 
-def load_learner(module: ModuleType, args: Any, state: dict, num_actions: int, path: Path, device: torch.device) -> Any:
+def load_learner(module: ModuleType, args: Any, checkpoint: dict, num_actions: int, device: torch.device) -> Any:
     """The script's Learner with the checkpoint's weights and statistics."""
     learner = module.Learner(args, num_actions, device)
-    module.restore(state, learner, path)
+    module.restore(learner, checkpoint)
     return learner
 
 
@@ -112,7 +122,7 @@ def choose_actions(module: ModuleType, learner: Any, args: Any, obs: torch.Tenso
 @torch.no_grad()
 def intrinsic_reward(module: ModuleType, learner: Any, args: Any, obs: torch.Tensor) -> float:
     """The novelty of obs (1, 4, 96, 96) uint8 in the run's own scale; nan where a copied script's is another kind."""
-    if not {"target", "predictor"} <= vars(learner).keys():
+    if not (hasattr(learner, "target") and hasattr(learner, "predictor")):
         return math.nan
     x = module.novelty_input(obs, learner.obs_stats, args.norm_obs)
     reward = module.novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
@@ -134,42 +144,34 @@ def picture(screen: np.ndarray, score: float, room: int | None, int_reward: floa
 
 def play(
     module: ModuleType,
-    game: Any,
-    learner: Any,
     args: Any,
-    name: str,
+    learner: Any,
+    seed: int,
     greedy: bool,
     max_steps: int | None,
     film: Callable[[np.ndarray], None] | None,
 ) -> Episode:
     """Play one game to its end (or for `max_steps`); hands each picture to `film` unless that is None."""
+    envs = make_envs(module, replace(args, num_envs=1), seed)
     device = next(learner.agent.parameters()).device
-    episode, room = Episode(0.0, 0, set(), []), None
-    obs, info = game.reset()
-    last_ram, start, life_lost, over = info["ram"], True, False, False
+    rooms, room, int_rewards, was_reset = set(), None, [], False
     while True:
-        batch = torch.from_numpy(obs)[None].to(device)
-        if name in module.ROOM_GAMES:
-            seen = int(module.rooms_of(name, info["ram"][None], last_ram[None], np.array([start]))[0])
-            if seen >= 0:
-                room = seen
-                episode.rooms.add(room)
-        if not start:
-            episode.int_rewards.append(intrinsic_reward(module, learner, args, batch))
-        if film is not None:
-            shown = episode.int_rewards[-1] if episode.int_rewards else 0.0
-            film(picture(game.ale.getScreenRGB(), episode.score, room, shown))
-        if over:
-            return episode
-        if life_lost:  # under --episodic-life a reset plays no-ops and FIRE, and the game goes on
-            obs, info = game.reset()
-            batch = torch.from_numpy(obs)[None].to(device)
-        last_ram, start = info["ram"], False
-        action = int(choose_actions(module, learner, args, batch, greedy)[0])
-        obs, _, life_lost, truncated, info = game.step(action)
-        episode.score += info["reward"]
-        episode.length += 1
-        over = info["terminated"] or truncated or episode.length == max_steps
+        obs = torch.from_numpy(envs.next_obs[0]).to(device)
+        if envs.rooms:  # emptied before each step, it holds the room of this one
+            (room,) = envs.rooms
+            rooms.add(room)
+            envs.rooms.clear()
+        score, length = envs.finished[0] if envs.finished else (envs.scores[0], int(envs.lengths[0]))
+        if not was_reset:  # under --episodic-life a lost life is followed by a reset row, and the game goes on
+            if length:
+                int_rewards.append(intrinsic_reward(module, learner, args, obs))
+            if film is not None:
+                film(picture(envs.envs[0].render()[0], score, room, int_rewards[-1] if int_rewards else 0.0))
+        if envs.finished or length == max_steps:
+            return Episode(float(score), length, rooms, int_rewards)
+        was_reset = envs.resets[0].copy()
+        envs.send(0, choose_actions(module, learner, args, obs, greedy).astype(np.int32))
+        envs.recv(0)
 
 
 @contextlib.contextmanager
@@ -246,19 +248,15 @@ def main(argv: list[str] | None = None) -> None:
     if options.film_episodes:
         check_output(output)
     (run,) = load_runs([options.run], [options.script] if options.script else []).values()
-    module, args, state = run
-    module.check_args(replace(args, seed=options.seed))
-    name = module.game_of(replace(args, env_backend="gymnasium"))
-    game = make_game(module, args, options.seed)
+    module, args, checkpoint = run
+    envs = make_envs(module, replace(args, num_envs=1), options.seed)  # tells how many actions the game has
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    num_actions = int(game.action_space.n)
-    learner = load_learner(module, args, state, num_actions, options.run / "checkpoint.pt", device)
+    learner = load_learner(module, args, checkpoint, envs.num_actions, device)
     torch.manual_seed(options.seed)
 
-    step = state["counters"]["iteration"] * args.num_envs * args.num_steps
-    print(f"{name}, {state['script']}, step {step:,}, {'greedy' if options.greedy else 'sampled'} actions")
+    step = checkpoint["counters"]["global_step"]
+    print(f"{envs.game}, {checkpoint['script']}, step {step:,}, {'greedy' if options.greedy else 'sampled'} actions")
     episodes = []
-    rules = (name, options.greedy, options.max_steps)
     try:
         with (
             film_to(output) if options.film_episodes else contextlib.nullcontext() as film,
@@ -266,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
         ):
             for i in range(options.episodes):
                 filmed = film if i < options.film_episodes else None
-                episodes.append(play(module, game, learner, args, *rules, filmed))
+                rules = (options.seed + i, options.greedy, options.max_steps)
+                episodes.append(play(module, args, learner, *rules, filmed))
                 bar.set_postfix(score=f"{episodes[-1].score:,.0f}", steps=episodes[-1].length)
                 bar.update()
     except OSError as error:

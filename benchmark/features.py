@@ -14,6 +14,7 @@ Beside them stands each run's mean intrinsic reward in each room: rooms that the
 """
 
 import argparse
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 from cli import check_output, fail
-from enjoy import choose_actions, load_learner, load_runs, make_game
+from enjoy import choose_actions, load_learner, load_runs, make_envs
 from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances
@@ -35,45 +36,36 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
 
-@torch.no_grad()
 def collect_states(
-    module: ModuleType, learner: Any, args: Any, num_states: int, every: int, random_actions: float, seed: int
+    module: ModuleType, learner: Any, args: Any, envs: Any, num_states: int, every: int, random_actions: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Play `args.num_envs` games side by side and keep every so many-th step until there are enough states.
+    """Play on in `envs` (what `make_envs` made of args) and keep every so many-th step until there are enough states.
 
     Returns the states (num_states, 4, 96, 96) uint8 and their rooms (num_states,) int.
     """
-    envs, rng, device = (
-        module.AtariEnvs(args, seed),
-        np.random.default_rng(seed),
-        next(learner.agent.parameters()).device,
-    )
+    rng, device = np.random.default_rng(args.seed), next(learner.agent.parameters()).device
     states, rooms, last_ram, first = [], [], envs.ram.copy(), np.ones(args.num_envs, bool)
     current, count = np.full(args.num_envs, -1), 0
-    try:
-        with tqdm(total=num_states, unit="state", disable=None) as bar:  # None: only in a terminal
-            for step in range(1, 1_000_000_000):
-                seen = module.rooms_of(envs.game, envs.ram, last_ram, first)
-                current = np.where(seen >= 0, seen, current)
-                if step % every == 0:
-                    keep = current >= 0
-                    states.append(envs.next_obs[keep].copy())
-                    rooms.append(current[keep])
-                    new = min(int(keep.sum()), num_states - count)
-                    count += new
-                    bar.update(new)
-                if count == num_states:
-                    break
-                actions = choose_actions(
-                    module, learner, args, torch.from_numpy(envs.next_obs).to(device), greedy=False
-                )
-                explore = rng.random(args.num_envs) < random_actions
-                actions[explore] = rng.integers(envs.num_actions, size=explore.sum())
-                last_ram, first = envs.ram.copy(), envs.next_done.copy()
-                envs.step(actions.astype(np.int32))
-    finally:
-        envs.close()
-    return np.concatenate(states)[:num_states], np.concatenate(rooms)[:num_states]
+    with tqdm(total=num_states, unit="state", disable=None) as bar:  # None: only in a terminal
+        for step in itertools.count(1):
+            obs = envs.next_obs[0]  # all games form one group
+            seen = module.rooms_of(envs.game, envs.ram, last_ram, first)
+            current = np.where(seen >= 0, seen, current)
+            if step % every == 0:
+                keep = current >= 0
+                states.append(obs[keep])
+                rooms.append(current[keep])
+                new = min(int(keep.sum()), num_states - count)
+                count += new
+                bar.update(new)
+            if count == num_states:
+                return np.concatenate(states)[:num_states], np.concatenate(rooms)[:num_states]
+            actions = choose_actions(module, learner, args, torch.from_numpy(obs).to(device), greedy=False)
+            explore = rng.random(args.num_envs) < random_actions
+            actions[explore] = rng.integers(envs.num_actions, size=explore.sum())
+            last_ram, first = envs.ram.copy(), envs.resets.copy()
+            envs.send(0, actions.astype(np.int32))
+            envs.recv(0)
 
 
 @torch.no_grad()
@@ -185,34 +177,30 @@ def main(argv: list[str] | None = None) -> None:
     policy = options.policy or options.runs[-1]
     loaded = load_runs([*options.runs, policy], options.script)
     games = {run: module.game_of(args) for run, (module, args, _) in loaded.items()}
-    game = games[policy]
     module, args, _ = loaded[policy]
-    module.check_args(replace(args, seed=options.seed))
+    game, args = games[policy], replace(args, num_envs=options.games, seed=options.seed)
     if len(set(games.values())) > 1:
         fail("the runs play different games: " + ", ".join(f"{name} in {run}" for run, name in games.items()))
-    if game not in loaded[policy][0].ROOM_GAMES:
-        fail(f"the rooms of {game} are unknown; they are known of {', '.join(sorted(loaded[policy][0].ROOM_GAMES))}")
+    if game not in module.ROOM_GAMES:
+        fail(f"the rooms of {game} are unknown; they are known of {', '.join(sorted(module.ROOM_GAMES))}")
 
+    envs = make_envs(module, args, options.seed)
     cuda = all(args.cuda for _, args, _ in loaded.values()) and torch.cuda.is_available()
     device, learners = torch.device("cuda" if cuda else "cpu"), {}
-    for run, (module, args, state) in loaded.items():
-        num_actions = int(make_game(module, args, options.seed).action_space.n)
-        learners[run] = load_learner(module, args, state, num_actions, run / "checkpoint.pt", device)
+    for run, (its_module, its_args, checkpoint) in loaded.items():
+        learners[run] = load_learner(its_module, its_args, checkpoint, envs.num_actions, device)
     torch.manual_seed(options.seed)
-    module, args, _ = loaded[policy]
-    args = replace(args, num_envs=options.games)
-    states, rooms = collect_states(
-        module, learners[policy], args, options.states, options.every, options.random_actions, options.seed
-    )
+    chosen = (options.states, options.every, options.random_actions)
+    states, rooms = collect_states(module, learners[policy], args, envs, *chosen)
 
     if len(np.unique(rooms)) == 1:
         fail(f"only room {rooms[0]} of {game} was seen: raise --random-actions, --every or --states")
 
     points, numbers = {}, {}
     for run in options.runs:
-        module, args, state = loaded[run]
-        step = state["counters"]["iteration"] * args.num_envs * args.num_steps
-        label = f"{state['script']}, seed {args.seed}, {step:,} steps"
+        module, args, checkpoint = loaded[run]
+        step = checkpoint["counters"]["global_step"]
+        label = f"{checkpoint['script']}, seed {args.seed}, {step:,} steps"
         label += f" ({run})" * (label in points)
         features, rewards = look(module, learners[run], args, states)
         by_room = {int(room): float(rewards[rooms == room].mean()) for room in np.unique(rooms)}

@@ -6,8 +6,9 @@
     python benchmark/run.py ... --slurm-partition gpu --workers 8
 
 Every run has its folder runs/COMMAND/GAME/seed_N and, beside it, its log runs/COMMAND/GAME/seed_N.log. After a stop, a
-crash or a power cut start the same line again: what is finished is skipped, what was cut off is resumed. Flags after
-`--` are added to every command. Exit status: 0 all finished, 1 a run failed, 2 wrong usage, 130 stopped.
+crash or a power cut start the same line again: what is finished is skipped, what was cut off is resumed. Never start a
+line twice at once: both would write the same runs. Flags after `--` are added to every command. Exit status: 0 all
+finished, 1 a run failed, 2 wrong usage, 130 stopped.
 """
 
 import contextlib

@@ -7,8 +7,7 @@ The script's own `main` runs, in a temporary folder, with clocks around the func
 loop is repeated here. Before and after it, as many environments are stepped, all at once, with random actions and
 nothing else: the emulators' own speed. Every figure is a median over the iterations but the first; on a GPU the second,
 in which kernels are recorded, is left out too, and `main` runs twice: once as it is, for the training rate, and once
-waiting for it after each part, for the parts. In the latter the novelty networks learn in the update, else beside the
-next rollout.
+waiting for the GPU after each part, for the parts.
 """
 
 import contextlib
@@ -55,7 +54,7 @@ class Options:
     env_id: str = "MontezumaRevengeNoFrameskip-v4"
     """the game"""
     env_backend: Literal["envpool", "gymnasium"] = "envpool"
-    """emulators in C++ threads (envpool) or one process each (gymnasium)"""
+    """EnvPool, or ale-py behind gymnasium's vector interface"""
     model: Literal["A", "B", "C", "D"] = "C"
     """architecture of policy and value"""
     num_envs: int = 128
@@ -79,12 +78,12 @@ NORM_INIT_STEPS = 8  # only of the start, which is not measured
 
 # What each part of an iteration consists of; inference and rest are differences.
 PARTS = {
-    "environment": ["AtariEnvs.step_async", "AtariEnvs.step_wait"],
+    "environment": ["AtariEnvs.send", "AtariEnvs.recv"],
     "inference": [],
-    "novelty rewards": ["update_obs_stats", "intrinsic_rewards", "state_entropy_rewards"],
+    "novelty rewards": ["update_obs_stats", "intrinsic_rewards", "entropy_rewards"],
     "advantages (GAE)": ["estimate_advantages"],
     "update": ["update"],
-    "logging": ["Log.write"],
+    "logging": ["log"],
     "rest": [],
 }
 PHASES = ["collect_rollout", "save_checkpoint"] + [name for names in PARTS.values() for name in names]
@@ -124,27 +123,13 @@ def timed(script: ModuleType, calls: list[Call], waiting: bool) -> Iterator[None
         for name in PHASES:
             owner_name, _, attribute = name.rpartition(".")
             owner = getattr(script, owner_name) if owner_name else script
-            if hasattr(owner, attribute):  # only one script has state_entropy_rewards
+            if hasattr(owner, attribute):  # only one script has entropy_rewards
                 # Stepping the emulators is work of the host alone; waiting for the GPU there would measure something
                 # else, and end any overlap of the two.
                 wait = torch.cuda.synchronize if waiting and "AtariEnvs" not in name else lambda: None
-                function = getattr(owner, attribute)
-                if waiting and name == "update":
-                    function = trained_at_once(script, function)
-                clocked = with_clock(name, function, calls, wait)
+                clocked = with_clock(name, getattr(owner, attribute), calls, wait)
                 stack.enter_context(patch.object(owner, attribute, clocked))
         yield
-
-
-def trained_at_once(script: ModuleType, update: Callable) -> Callable:
-    """`update` with the novelty networks' training in it, which else goes on beside the next rollout."""
-
-    def whole_update(learner: object, *inputs: object) -> tuple:
-        losses, training = update(learner, *inputs)
-        script.finish(training, learner.obs_stats.mean.device)
-        return losses, training
-
-    return whole_update
 
 
 def with_clock(name: str, function: Callable, calls: list[Call], wait: Callable[[], None]) -> Callable:
@@ -164,7 +149,7 @@ def with_clock(name: str, function: Callable, calls: list[Call], wait: Callable[
 def iteration_parts(calls: list[Call]) -> list[dict[str, float]]:
     """Seconds of each part, and in "total", of every iteration: from the start of its rollout to its log line."""
     rollouts = [(start, end) for name, start, end in calls if name == "collect_rollout"]
-    ends = [end for name, _, end in calls if name == "Log.write"]
+    ends = [end for name, _, end in calls if name == "log"]
     iterations = []
     for (start, rollout_end), end in zip(rollouts, ends, strict=True):
         inside = [(name, last - first) for name, first, last in calls if start <= first and last <= end]
@@ -177,14 +162,14 @@ def iteration_parts(calls: list[Call]) -> list[dict[str, float]]:
 
 def raw_environment_seconds(script: ModuleType, args: object, repeats: int) -> list[float]:
     """Seconds of `num_steps` steps of all environments with random actions, `repeats` times after a warm-up."""
-    envs = script.AtariEnvs(args, args.seed)
-    rng = np.random.default_rng(args.seed)
-    actions = rng.integers(envs.num_actions, size=(args.num_steps, args.num_envs), dtype=np.int32)
+    envs, _, _ = script.make_envs(args, args.seed, args.num_envs)
+    rng, num_actions = np.random.default_rng(args.seed), envs.single_action_space.n
+    actions = rng.integers(num_actions, size=(args.num_steps, args.num_envs), dtype=np.int32)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         for row in actions:
-            envs.envs[0].step(row)
+            envs.step(row)
         seconds.append(time.perf_counter() - start)
     envs.close()
     return seconds[1:]
@@ -217,7 +202,7 @@ def measure(options: Options) -> dict:
     raw += raw_environment_seconds(script, args, repeats)  # again, for the speed of a shared machine drifts
 
     iterations = iteration_parts(waiting_calls or calls)[1 + on_gpu :]
-    log_times = [end for name, _, end in calls if name == "Log.write"]
+    log_times = [end for name, _, end in calls if name == "log"]
     training = statistics.median(end - start for start, end in itertools.pairwise(log_times[on_gpu:]))
     seconds = {part: statistics.median(parts[part] for parts in iterations) for part in iterations[0]}
     rollout = statistics.median(parts["environment"] + parts["inference"] for parts in iterations)

@@ -4,11 +4,11 @@ import copy
 import functools
 import importlib
 import os
-import random
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -46,12 +46,6 @@ def script(request: pytest.FixtureRequest) -> ModuleType:
     return importlib.import_module(request.param)
 
 
-@pytest.fixture(params=SCRIPTS[1:])
-def snd_script(request: pytest.FixtureRequest) -> ModuleType:
-    """The two scripts with a trained target in turn."""
-    return importlib.import_module(request.param)
-
-
 @pytest.fixture
 def snd() -> ModuleType:
     """The SND script, for what test_in_step.py proves to be the same in all three."""
@@ -66,14 +60,15 @@ def make_args(script: ModuleType, **changes: object) -> object:
 
 def make_learner(script: ModuleType, args: object, num_actions: int = 4) -> object:
     """A learner on the CPU with fixed random weights; built once, for orthogonal weights take their time."""
-    return copy.deepcopy(built_learner(script, args.model, num_actions, args.num_envs))
+    return copy.deepcopy(built_learner(script, args.model, num_actions, args.num_envs, args.norm_int_reward))
 
 
 @functools.cache
-def built_learner(script: ModuleType, model: str, num_actions: int, num_envs: int) -> object:
+def built_learner(script: ModuleType, model: str, num_actions: int, num_envs: int, norm_int_reward: bool) -> object:
     """The learner that `make_learner` copies."""
     torch.manual_seed(3)
-    return script.Learner(make_args(script, model=model, num_envs=num_envs), num_actions, torch.device("cpu"))
+    args = make_args(script, model=model, num_envs=num_envs, norm_int_reward=norm_int_reward)
+    return script.Learner(args, num_actions, torch.device("cpu"))
 
 
 def num_heads(script: ModuleType) -> int:
@@ -87,13 +82,12 @@ def empty_obs(args: object) -> Tensor:
 
 
 def make_rollout(script: ModuleType, dones: Tensor, terminations: Tensor, first_valid: Tensor, seed: int = 0) -> object:
-    """A rollout of random numbers (and random frames) around given ends (T, N); `first_valid` (N,) is row 0's."""
+    """A rollout of random numbers and frames around given ends (T, N); `first_valid` (N,) is row 0's."""
     generator = torch.Generator().manual_seed(seed)
     shape = dones.shape
     valid = torch.cat([first_valid[None], ~dones[:-1]])
-    obs = torch.randint(256, (shape[0] + 1, shape[1], 4, 96, 96), dtype=torch.uint8, generator=generator)
     return script.Rollout(
-        obs=obs,
+        obs=torch.randint(256, (shape[0] + 1, shape[1], 4, 96, 96), dtype=torch.uint8, generator=generator),
         actions=torch.randint(4, shape, generator=generator),
         logprobs=-torch.rand(shape, generator=generator) - 1,
         values=torch.randn(shape[0] + 1, shape[1], num_heads(script), generator=generator),
@@ -105,93 +99,97 @@ def make_rollout(script: ModuleType, dones: Tensor, terminations: Tensor, first_
     )
 
 
-def random_rollout(script: ModuleType, num_steps: int, num_envs: int, seed: int = 0) -> object:
-    """A rollout of random numbers and random frames in which a fifth of the rows end an episode."""
-    rng = np.random.default_rng(seed)
+def random_rollout(script: ModuleType, num_steps: int = 8, num_envs: int = 4) -> object:
+    """A rollout of random numbers and frames in which a fifth of the rows end an episode."""
+    rng = np.random.default_rng(0)
     dones = rng.random((num_steps, num_envs)) < 0.2
     dones[1:] &= ~dones[:-1]  # a reset row ends nothing
-    terminations = dones & (rng.random(dones.shape) < 0.5)
-    return make_rollout(
-        script, torch.from_numpy(dones), torch.from_numpy(terminations), torch.from_numpy(rng.random(num_envs) < 0.8)
-    )
+    terminations, first_valid = dones & (rng.random(dones.shape) < 0.5), rng.random(num_envs) < 0.8
+    return make_rollout(script, *map(torch.from_numpy, (dones, terminations, first_valid)))
 
 
 def reward_and_estimate(
-    script: ModuleType, learner: object, rollout: object, args: object, buffer: object = None
-) -> tuple[tuple, object]:
-    """The steps of `main` between rollout and update: the arguments of `update` after `rollout`, and the buffer."""
-    script.update_obs_stats(learner.obs_stats, rollout.obs[:-1].flatten(0, 1), rollout.valid_inds)
+    script: ModuleType, learner: object, rollout: object, args: object, ring: object = None
+) -> tuple[Tensor, ...]:
+    """The steps of `main` between rollout and update: the tensors that `update` takes after the rollout."""
+    script.update_obs_stats(learner.obs_stats, rollout)
     rewards, extra = script.intrinsic_rewards(learner, rollout, args), ()
     if script.__name__ == RND:
-        rewards, extra = rewards[0], rewards[1:]
+        rewards, *extra = rewards
     streams = [rewards]
     if script.__name__ == ENTROPY:
-        entropy_rewards, buffer = script.state_entropy_rewards(learner, rollout, buffer, args)
-        streams.append(entropy_rewards)
-    return (*script.estimate_advantages(rollout, *streams, args), *extra), buffer
+        ring = ring or script.FeatureRing(args.entropy_buffer_size)
+        streams.append(script.entropy_rewards(learner, rollout, ring, args))
+    return *script.estimate_advantages(rollout, *streams, args), *extra
+
+
+def update(script: ModuleType, learner: object, rollout: object, inputs: tuple, args: object) -> dict[str, Tensor]:
+    """The script's `update` with its functions bound as in `main` on a CPU."""
+    steps = [partial(step, learner, args) for step in (script.train_policy, script.train_novelty)]
+    return script.update(rollout, *inputs, *steps, args)
 
 
 def train(script: ModuleType, args: object, iterations: int) -> object:
     """Train as `main` does, in this process; returns the learner."""
     envs = script.AtariEnvs(args, args.seed)
-    learner = make_learner(script, args, envs.num_actions)
+    learner, obs = make_learner(script, args, envs.num_actions), empty_obs(args)
+    ring = script.FeatureRing(args.entropy_buffer_size) if script.__name__ == ENTROPY else None
     script.init_obs_stats(learner.obs_stats, args, args.seed)
-    obs, buffer = empty_obs(args), None
-    random.seed(args.seed)
     torch.manual_seed(args.seed)
     for _ in range(iterations):
-        rollout = script.collect_rollout(envs, learner, obs, args)
-        inputs, buffer = reward_and_estimate(script, learner, rollout, args, buffer)
-        script.update(learner, rollout, *inputs, args)
-    envs.close()
+        rollout = script.collect_rollout(envs, partial(script.act, learner, args), obs, args)
+        update(script, learner, rollout, reward_and_estimate(script, learner, rollout, args, ring), args)
     return learner
 
 
 class Recorder:
-    """Real environments that are played at random or by a learner, with everything they returned."""
+    """Real environments, played at random or by a learner, with everything they returned.
+
+    Attributes:
+        obs, resets: what was known before each step and after the last.
+        rewards, terminations, dones: what each step returned.
+        infos: the backend's own, with its `truncated` beside them; `first_ram` (N, 128) is the memory before.
+    """
 
     def __init__(self, script: ModuleType, args: object, seed: int = 1):
         self.envs = script.AtariEnvs(args, seed)
-        self.obs, self.dones = [self.envs.next_obs.copy()], [self.envs.next_done.copy()]
-        self.ram, self.infos, self.rewards, self.terminations = [self.envs.ram.copy()], [], [], []
-        (backend,), wait = self.envs.envs, self.envs.step_wait  # on a CPU all games form one group
-        receive_name = "recv" if hasattr(backend, "recv") else "step_wait"
-        receive = getattr(backend, receive_name)
+        self.obs, self.resets = [self.envs.next_obs[0].copy()], [self.envs.resets.copy()]
+        self.rewards, self.terminations, self.dones, self.infos = [], [], [], []
+        self.first_ram = self.envs.ram.copy() if self.envs.knows_rooms else None
+        (backend,) = self.envs.envs  # all games form one group
+        backend_recv, recv = backend.recv, self.envs.recv
 
-        def recorded_receive() -> tuple:
-            result = receive()
-            self.infos.append({name: np.copy(result[4][name]) for name in ("reward", "terminated", "ram")})
+        def recorded_backend_recv() -> tuple:
+            result = backend_recv()
+            self.infos.append(copy.deepcopy(result[4]) | {"truncated": result[3].copy()})
             return result
 
-        def recorded_wait(group: int) -> tuple:
-            result = rewards, terminations, dones = wait(group)
-            for record, value in (
-                (self.obs, self.envs.next_obs),
-                (self.rewards, rewards),
-                (self.terminations, terminations),
-                (self.dones, dones),
-                (self.ram, self.envs.ram),
-            ):
+        def recorded_recv(group: int) -> tuple:
+            result = recv(group)
+            records = self.rewards, self.terminations, self.dones, self.obs, self.resets
+            for record, value in zip(records, (*result, self.envs.next_obs[0], self.envs.resets), strict=True):
                 record.append(value.copy())
             return result
 
-        setattr(backend, receive_name, recorded_receive)
-        self.envs.step_wait = recorded_wait
+        backend.recv, self.envs.recv = recorded_backend_recv, recorded_recv
+
+    def step(self, actions: np.ndarray) -> None:
+        """One step of every game with actions (N,)."""
+        self.envs.send(0, actions.astype(np.int32))
+        self.envs.recv(0)
 
     def play(self, steps: int, seed: int = 0) -> "Recorder":
-        """Random actions; returns the recorder itself, closed."""
+        """Random actions; returns the recorder itself, stacked."""
         rng = np.random.default_rng(seed)
         for _ in range(steps):
-            self.envs.step(rng.integers(self.envs.num_actions, size=len(self.envs.next_done), dtype=np.int32))
-        self.envs.close()
+            self.step(rng.integers(self.envs.num_actions, size=len(self.envs.resets)))
+        return self.stack()
+
+    def stack(self) -> "Recorder":
+        """Make arrays of the records; returns the recorder itself."""
+        for name in ("obs", "resets", "rewards", "terminations", "dones"):
+            setattr(self, name, np.stack(getattr(self, name)))
         return self
-
-
-@pytest.fixture
-def short_episodes(snd: ModuleType, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Truncate the episodes of the SND script's environments after this many agent steps."""
-    monkeypatch.setattr(snd, "MAX_EPISODE_STEPS", 25)
-    return 25
 
 
 # Environment variables of the subprocesses: without this process's module path.

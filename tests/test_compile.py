@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_args, random_rollout, reward_and_estimate
+from conftest import make_args, random_rollout, reward_and_estimate, update
 from torch._dynamo.utils import counters
 
 import ppo_snd_atari as snd
@@ -13,23 +13,19 @@ import ppo_snd_atari as snd
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compile_on_and_off_agree(bf16: bool) -> None:
-    """One step of every network: the same losses, and gradients but for rounding, for fused sums round elsewhere.
-
-    Measured: 2e-6 of a gradient's norm in float32, 0.14 % in bfloat16, which rounds a number by up to 1 / 256.
-    """
+    """One step of every network: the same losses, and gradients but for rounding, for fused sums round elsewhere."""
     losses, gradients = [], []
     for compile_networks in (False, True):
         torch._dynamo.reset()  # another test may have compiled the loss
         args = make_args(snd, compile=compile_networks, num_minibatches=1, bf16=bf16)
         torch.manual_seed(3)
-        learner = snd.Learner(args, 4, torch.device("cpu"))
-        rollout = random_rollout(snd, 8, 4)
-        inputs, _ = reward_and_estimate(snd, learner, rollout, args)
+        learner, rollout = snd.Learner(args, 4, torch.device("cpu")), random_rollout(snd)
+        inputs = reward_and_estimate(snd, learner, rollout, args)
         torch.manual_seed(4)
         counters.clear()
-        losses.append(torch.stack(list(snd.update(learner, rollout, *inputs, args)[0].values())))
-        # It did compile: the policy, the loss, the target and the predictor.
-        assert counters["stats"]["unique_graphs"] == (4 if compile_networks else 0)
+        losses.append(torch.stack(list(update(snd, learner, rollout, inputs, args).values())))
+        # It did compile: the loss with the policy in it, the target with and without gradients, the predictor.
+        assert (counters["stats"]["unique_graphs"] >= 3) == compile_networks
         nets = (learner.agent, learner.target, learner.predictor)
         gradients.append([torch.cat([p.grad.flatten() for p in net.parameters()]) for net in nets])
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)

@@ -1,160 +1,156 @@
-"""Each script as its user runs it: real games, both backends, every model, its logs, its errors."""
+"""Each script as its user runs it: real games, both backends, its flags, its logs, its words, its refusals."""
 
-import os
-import pty
+import copy
+import importlib
+import math
 import re
-import select
 import shutil
-import subprocess
 import sys
-import time
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ENTROPY, ENVIRONMENT, RND, ROOT, SCRIPTS, SND, make_args, run_script
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import ENTROPY, RND, ROOT, SCRIPTS, SND, make_args, reward_and_estimate, run_script, update
+from running import BATCH, RUN, assert_equal, call_main, error_line, flags, read_checkpoint, read_events, read_scalars
 
-TAGS = {
-    "charts/episodic_return",
-    "charts/episodic_length",
-    "charts/SPS",
-    "charts/learning_rate",
-    "charts/explored_rooms",
-    "charts/intrinsic_reward",
-    "charts/intrinsic_reward_std",
-    "losses/value_loss",
-    "losses/policy_loss",
-    "losses/entropy",
-    "losses/approx_kl",
-    "losses/clipfrac",
-    "losses/explained_variance",
-    "losses/distillation",
-}
-EPISODIC = {"charts/episodic_return", "charts/episodic_length"}
+FLAGS = set(re.findall(r"\S+", """
+    seed torch-deterministic cuda track wandb-project-name wandb-entity env-id env-backend total-timesteps learning-rate
+    num-envs num-steps num-minibatches update-epochs gamma int-gamma gae-lambda clip-coef ent-coef vf-coef max-grad-norm
+    ext-coef int-coef model critic-hidden-gain norm-obs norm-init-steps norm-int-reward int-reward-scale int-episodic
+    update-proportion repeat-action-probability episodic-life run-name resume checkpoint-interval compile bf16
+    actor-hidden-gain
+"""))  # fmt: skip
+ENTROPY_FLAGS = {"entropy-coef", "entropy-gamma", "entropy-scale", "entropy-buffer-size"}
+TAGS = set(re.findall(r"\S+", """
+    charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate charts/explored_rooms
+    charts/intrinsic_reward charts/intrinsic_reward_std losses/value_loss losses/policy_loss losses/entropy
+    losses/approx_kl losses/clipfrac losses/explained_variance losses/distillation
+"""))  # fmt: skip
 MORE_TAGS = {RND: set(), SND: {"losses/contrastive"}}
 MORE_TAGS[ENTROPY] = {"losses/contrastive", "losses/contrastive_entropy", "charts/entropy_reward"}
-FLAGS = [
-    "seed",
-    "torch-deterministic",
-    "cuda",
-    "track",
-    "wandb-project-name",
-    "wandb-entity",
-    "env-id",
-    "env-backend",
-    "total-timesteps",
-    "learning-rate",
-    "num-envs",
-    "num-steps",
-    "num-minibatches",
-    "update-epochs",
-    "gamma",
-    "int-gamma",
-    "gae-lambda",
-    "clip-coef",
-    "ent-coef",
-    "vf-coef",
-    "max-grad-norm",
-    "ext-coef",
-    "int-coef",
-    "model",
-    "actor-hidden-gain",
-    "critic-hidden-gain",
-    "norm-obs",
-    "norm-init-steps",
-    "norm-int-reward",
-    "int-reward-scale",
-    "int-episodic",
-    "update-proportion",
-    "repeat-action-probability",
-    "episodic-life",
-    "run-name",
-    "resume",
-    "checkpoint-interval",
-    "compile",
-]
-ENTROPY_FLAGS = ["entropy-coef", "entropy-gamma", "entropy-scale", "entropy-buffer-size"]
-
-# Every script on both backends, every model, a game with rooms and one without.
-LONG = ["--num-envs", "4", "--num-steps", "80", "--num-minibatches", "2", "--total-timesteps", "1000"]
-LONG += ["--env-id", "BreakoutNoFrameskip-v4"]  # 3 iterations of 320 steps: a random game ends within them
-SHORT = ["--num-envs", "4", "--num-steps", "8", "--num-minibatches", "2", "--total-timesteps", "64"]
-SHORT += ["--env-id", "ALE/MontezumaRevenge-v5"]
-COMMON = ["--update-epochs", "1", "--norm-init-steps", "3", "--no-cuda", "--run-name", "x"]
-RUNS = {
-    (RND, "first"): [*LONG, "--model", "A"],
-    (SND, "first"): [*LONG, "--model", "A"],
-    (ENTROPY, "first"): [*LONG, "--model", "A"],
-    (RND, "gymnasium"): [*SHORT, "--model", "B", "--env-backend", "gymnasium"],
-    (SND, "gymnasium"): [*SHORT, "--model", "C", "--env-backend", "gymnasium"],
-    (ENTROPY, "gymnasium"): [*SHORT, "--model", "D", "--env-backend", "gymnasium"],
-}
+# Each on another model, one on the other backend; all with game ends and reset rows within their two iterations.
+RUNS = {RND: ["--model", "B"], SND: ["--model", "C"], ENTROPY: ["--model", "D", "--env-backend", "gymnasium"]}
 
 
-def read(folder: Path) -> SimpleNamespace:
-    """What TensorBoard finds in a run folder: {tag: [(step, value)]} and the text of the hyperparameters."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    texts = events.Tags()["tensors"]
-    assert texts == ["hyperparameters/text_summary"]
-    return SimpleNamespace(scalars=scalars, text=events.Tensors(texts[0])[0].tensor_proto.string_val[0].decode())
+@pytest.fixture(scope="module", params=SCRIPTS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two iterations of a script, with what went into each update and what was left on the disk."""
+    script, seen = importlib.import_module(request.param), []
+    collect_rollout = script.collect_rollout
+
+    def collect(envs: object, act: object, obs: torch.Tensor, args: object) -> object:
+        learner = None if seen else copy.deepcopy(act.args[0])
+        assert not envs.finished
+        rollout = collect_rollout(envs, act, obs, args)
+        envs.finished.append((30.0, 35))  # a better game, too
+        one = dict(learner=learner, rollout=copy.deepcopy(rollout), games=[*envs.finished], args=args)
+        seen.append(SimpleNamespace(**one, random=torch.get_rng_state()))
+        return rollout
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("run"))
+        patch.setattr(script, "MAX_EPISODE_STEPS", 5)
+        patch.setattr(script, "collect_rollout", collect)
+        assert call_main(script, flags(2, *RUNS[request.param])) == 0
+        scalars, text = read_events(RUN)
+        return SimpleNamespace(script=script, seen=seen, scalars=scalars, text=text, saved=read_checkpoint(RUN))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, SimpleNamespace]:
-    """The runs above, each in its own folder."""
-    results = {}
-    for (script, name), flags in RUNS.items():
-        folder = tmp_path_factory.mktemp(f"{script}-{name}")
-        process = run_script(script, [*flags, *COMMON], folder)
-        assert process.returncode == 0, process.stderr
-        results[script, name] = SimpleNamespace(process=process, folder=folder, log=read(folder / "runs" / "x"))
-    return results
+def test_tags(run: SimpleNamespace) -> None:
+    """Exactly those of the specification, once an iteration, over agent steps; all finite. Rooms need EnvPool."""
+    unknown = {"charts/explored_rooms"} if run.script.__name__ == ENTROPY else set()
+    assert run.scalars.keys() == TAGS - unknown | MORE_TAGS[run.script.__name__]
+    for tag, points in run.scalars.items():
+        assert [step for step, _ in points] == [BATCH, 2 * BATCH], tag
+        assert np.isfinite([value for _, value in points]).all(), tag
 
 
-@pytest.mark.parametrize("name", ["first", "gymnasium"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_tags(runs: dict[tuple, SimpleNamespace], script: str, name: str) -> None:
-    """Exactly the tags of the specification, once an iteration, over agent steps; all finite."""
-    run = runs[script, name]
-    tags = set(run.log.scalars)
-    if name == "first":  # Breakout: games end, no rooms are known
-        assert tags == (TAGS | MORE_TAGS[script]) - {"charts/explored_rooms"}
-        steps = [320, 640, 960]
-    else:
-        assert tags - EPISODIC == (TAGS | MORE_TAGS[script]) - EPISODIC
-        steps = [32, 64]
-    for tag, events in run.log.scalars.items():
-        if tag not in EPISODIC:  # these only where a game ended
-            assert [step for step, _ in events] == steps
-        assert {step for step, _ in events} <= set(steps)
-        assert all(torch.tensor(value).isfinite() for _, value in events), tag
-    assert all(value > 0 for _, value in run.log.scalars["charts/intrinsic_reward"])
-    assert all(value == pytest.approx(1e-4) for _, value in run.log.scalars["charts/learning_rate"])
+def test_hyperparameters(run: SimpleNamespace) -> None:
+    """Every flag stands in the log, with the value it had."""
+    assert run.text.startswith("|param|value|\n|-|-|\n|")
+    (_, *rows) = re.findall(r"^\|(\w+)\|(.*)\|$", run.text, re.MULTILINE)
+    rows = dict(rows)
+    assert rows == {name: str(value) for name, value in asdict(run.seen[0].args).items()}
+    flags = FLAGS | (ENTROPY_FLAGS if run.script.__name__ == ENTROPY else set())
+    assert {name.replace("_", "-") for name in rows} == flags
+    assert (rows["num_steps"], rows["total_timesteps"], rows["cuda"]) == ("8", "64", "False")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_hyperparameters(runs: dict[tuple, SimpleNamespace], script: str) -> None:
-    """Every argument stands in the text, with the value it had."""
-    text = runs[script, "first"].log.text
-    assert text.startswith("|param|value|\n|-|-|\n|")
-    rows = dict(re.findall(r"^\|(\w+)\|(.*)\|$", text, re.MULTILINE))
-    assert {name.replace("_", "-") for name in rows} >= {*FLAGS, *(ENTROPY_FLAGS if script == ENTROPY else [])}
-    assert (rows["num_steps"], rows["model"], rows["env_id"]) == ("80", "A", "BreakoutNoFrameskip-v4")
+def test_what_is_learned_is_logged_and_saved(run: SimpleNamespace) -> None:
+    """Each iteration once more from its rollout, step by step: the same numbers, and in the end the same learner."""
+    script, learner, ring = run.script, run.seen[0].learner, None
+    for i, one in enumerate(run.seen):
+        torch.set_rng_state(one.random)
+        rollout, expected = one.rollout, {}
+        assert not rollout.valid.all()
+        if script.__name__ == ENTROPY:
+            ring = ring or script.FeatureRing(one.args.entropy_buffer_size)
+            rewards = script.entropy_rewards(learner, rollout, copy.deepcopy(ring), one.args)
+            expected["charts/entropy_reward"] = rewards[rollout.valid].mean()
+        inputs = reward_and_estimate(script, learner, rollout, one.args, ring)
+        rewards = script.intrinsic_rewards(learner, rollout, one.args)
+        rewards = (rewards[0] if script.__name__ == RND else rewards)[rollout.valid]
+        expected["charts/intrinsic_reward"] = rewards.mean()
+        expected["charts/intrinsic_reward_std"] = rewards.std(correction=0)
+        expected["losses/explained_variance"] = script.explained_variance(rollout, *inputs[:2], one.args)
+        losses = update(script, learner, rollout, inputs, one.args)
+        expected |= {f"losses/{name}": loss for name, loss in losses.items()}
+        expected |= dict(zip(["charts/episodic_return", "charts/episodic_length"], np.mean(one.games, 0), strict=True))
+        expected["charts/learning_rate"] = 1e-4
+        assert expected.keys() == run.scalars.keys() - {"charts/SPS", "charts/explored_rooms"}
+        logged = {tag: run.scalars[tag][i][1] for tag in expected}
+        assert logged == pytest.approx({tag: float(value) for tag, value in expected.items()})
+    assert_equal(learner.state_dict(), run.saved["learner"])
+
+
+def test_redirected_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole lines from the first second on; and a copy beside models.py in an empty folder gives the same scalars."""
+    (copied := tmp_path / "mine").mkdir()
+    shutil.copy(ROOT / f"{SND}.py", copied / "my_idea.py")
+    shutil.copy(ROOT / "models.py", copied)
+    process = run_script(SND, flags(2), tmp_path)
+    run_script(copied / "my_idea.py", flags(2), copied).check_returncode()
+    assert read_scalars(copied / RUN, speed=False) == read_scalars(tmp_path / RUN, speed=False)
+
+    first, hint, statistics, *progress, finished, curves, watch = process.stdout.splitlines()
+    assert (process.returncode, process.stderr) == (0, "")
+    assert first == "runs/run: MontezumaRevenge, 2 iterations of 32 steps on cpu"
+    assert hint.startswith("hint: on a CPU try --model A --num-envs 32")
+    assert statistics == "frame statistics: 2 random steps of each game"
+    numbers = r" \| [\d,]+ steps/s \| \d:\d\d:\d\d left \| return - \| rooms 1 \| r_int \d\.\d{4}"
+    assert progress[0] == "0 / 64 steps | playing"
+    assert re.fullmatch(rf"64 / 64 steps{numbers} \| saving", progress[-1])
+    assert finished == "finished: 64 steps, runs/run/checkpoint.pt" and (tmp_path / RUN / "checkpoint.pt").is_file()
+    assert curves == "curves: tensorboard --logdir runs/run, or python benchmark/curves.py runs/run"
+    assert watch == "watch it play: python benchmark/enjoy.py runs/run"
+    assert (ROOT / "benchmark/curves.py").is_file() and (ROOT / "benchmark/enjoy.py").is_file()
+    assert "\r" not in process.stdout and "\x1b" not in process.stdout
+
+
+def test_other_seed_and_default_name(snd: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another seed gives other scalars; a run without a name is called after game, script, seed and time."""
+    monkeypatch.chdir(tmp_path)
+    unnamed = flags(1)[:-2]
+    assert call_main(snd, unnamed) == call_main(snd, [*unnamed, "--seed", "2"]) == 0
+    one, two = sorted(Path("runs").iterdir())
+    for folder, seed in ((one, 1), (two, 2)):
+        assert re.fullmatch(rf"MontezumaRevenge__ppo_snd_atari__{seed}__\d{{10}}", folder.name)
+    one, two = read_scalars(one), read_scalars(two)
+    for tag in ("losses/policy_loss", "losses/contrastive", "charts/intrinsic_reward"):
+        assert one[tag] != two[tag]
 
 
 # The settings of the experiments that the scripts share.
-DEFAULTS = dict(
-    total_timesteps=128_000_000, num_envs=128, num_steps=128, num_minibatches=32, update_epochs=4, model="C"
-)
+DEFAULTS = dict(total_timesteps=128_000_000, num_envs=128, num_steps=128, num_minibatches=32, update_epochs=4)
 DEFAULTS |= dict(learning_rate=1e-4, gamma=0.998, int_gamma=0.99, gae_lambda=0.95, clip_coef=0.1, max_grad_norm=0.5)
 DEFAULTS |= dict(ent_coef=0.001, vf_coef=0.5, ext_coef=2, int_coef=1, int_reward_scale=0.5, update_proportion=None)
 DEFAULTS |= dict(repeat_action_probability=0.25, episodic_life=False, int_episodic=False, norm_int_reward=False)
-DEFAULTS |= dict(actor_hidden_gain=0.01, critic_hidden_gain=0.1, env_id="MontezumaRevengeNoFrameskip-v4")
+DEFAULTS |= dict(actor_hidden_gain=0.01, critic_hidden_gain=0.1, model="C", norm_init_steps=256)
+DEFAULTS |= dict(env_id="MontezumaRevengeNoFrameskip-v4", env_backend="envpool")
 
 
 def test_defaults(script: ModuleType) -> None:
@@ -166,193 +162,111 @@ def test_defaults(script: ModuleType) -> None:
     assert expected.items() <= vars(script.Args()).items()
 
 
-def test_progress(snd: ModuleType, capsys: pytest.CaptureFixture) -> None:
+def test_help(script: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    """--help names every flag."""
+    assert call_main(script, ["--help"]) == 0
+    named = set(re.findall(r"--([a-z0-9-]+)", capsys.readouterr().out))
+    assert named >= FLAGS | (ENTROPY_FLAGS if script.__name__ == ENTROPY else set())
+
+
+def test_steps_in_scientific_notation(snd: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--total-timesteps 1e6 is a whole number."""
+    monkeypatch.setattr(sys, "argv", ["x", "--total-timesteps", "1e6"])
+    args, checkpoint = snd.parse_args()
+    assert args.total_timesteps == 1_000_000 and isinstance(args.total_timesteps, int) and checkpoint is None
+
+
+def test_progress(snd: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A resumed run's rate is that of the steps since then, and tells the time left; the return is a mean."""
     progress = snd.Progress(make_args(snd, total_timesteps=1_000_000), 600_000)
-    progress.start -= 1000
-    progress.show(700_000, deque([1.0, 2.0, 6.0]), {1, 5}, 0.25, final=True)
-    line = "700,000 / 1,000,000 steps | 100 steps/s | 0:50 h left | return 3.0 | rooms 2 | r_int 0.2500\n"
-    assert capsys.readouterr().out == line
+    monkeypatch.setattr(snd.time, "time", lambda now=progress.start: now + 1000)
+    progress.count(700_000, deque([1.0, 2.0, 6.0]), {1, 5}, 0.25)
+    progress.show("saving")
+    numbers = "700,000 / 1,000,000 steps | 100 steps/s | 0:50:00 left | return 3.0 | rooms 2 | r_int 0.2500"
+    assert capsys.readouterr().out == f"{numbers} | saving\n"
+    progress.show("playing")  # in the same half minute
+    assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_plain_progress(runs: dict[tuple, SimpleNamespace], script: str) -> None:
-    """Output that is not a terminal gets whole lines; nothing goes to standard error; a checkpoint is left.
-
-    The first line comes before the games are started, so that nobody waits in the dark.
-    """
-    for name, total, rooms in (("first", "960 / 1,000", ""), ("gymnasium", "64 / 64", r" \| rooms 1")):
-        run = runs[script, name]
-        lines = run.process.stdout.splitlines()
-        pattern = rf"{total} steps \| [\d,]+ steps/s \| \d+:\d\d h left \| return (-|[\d.]+){rooms} \| r_int [\d.]+"
-        assert re.fullmatch(r"runs/x \| \d+ iterations of \d+ steps on (cpu|cuda)", lines[0])
-        assert re.fullmatch(pattern, lines[-1])
-        assert "\r" not in run.process.stdout and "\x1b" not in run.process.stdout
-        assert run.process.stderr == ""
-        assert (run.folder / "runs" / "x" / "checkpoint.pt").is_file()
-        assert [path.name for path in run.folder.iterdir()] == ["runs"]
+REFUSED = dict(seed=[-1], num_envs=[0, -1], num_steps=[1], num_minibatches=[0, 3, 64], update_epochs=[0])
+REFUSED |= dict(total_timesteps=[0, 31, math.nan, math.inf], checkpoint_interval=[0], norm_init_steps=[0])
+REFUSED |= dict(learning_rate=[0, -1, math.nan, math.inf], clip_coef=[0], max_grad_norm=[0], ent_coef=[-1])
+REFUSED |= dict(vf_coef=[-1], ext_coef=[-1, math.nan], int_coef=[-1, math.inf], int_reward_scale=[-1])
+REFUSED |= dict(gamma=[-0.1, 1.1, math.nan], int_gamma=[-0.1, 1.1], gae_lambda=[-0.1, 1.1])
+REFUSED |= dict(repeat_action_probability=[-0.1, 1.1], update_proportion=[0, 1.1, math.nan])
+REFUSED |= dict(actor_hidden_gain=[-1], critic_hidden_gain=[-1], run_name=["", ".", "..", "a/..", "../x"])
+REFUSED_ENTROPY = dict(entropy_coef=[-1], entropy_gamma=[1.1], entropy_scale=[-1], entropy_buffer_size=[1])
 
 
-def without_speed(scalars: dict[str, list]) -> dict[str, list]:
-    """The scalars but for the one that measures time."""
-    return {tag: events for tag, events in scalars.items() if tag != "charts/SPS"}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_copied_script_and_same_seed(runs: dict[tuple, SimpleNamespace], script: str, tmp_path: Path) -> None:
-    """One script and models.py in an empty folder are a working program, and the same seed gives the same scalars."""
-    for name in (f"{script}.py", "models.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    process = run_script(tmp_path / f"{script}.py", [*RUNS[script, "first"], *COMMON], tmp_path)
-    assert process.returncode == 0, process.stderr
-    copied = read(tmp_path / "runs" / "x").scalars
-    assert without_speed(copied) == without_speed(runs[script, "first"].log.scalars)
-
-
-def test_other_seed_and_default_name(runs: dict[tuple, SimpleNamespace], tmp_path: Path) -> None:
-    """Another seed gives other scalars; a run without a name is called after game, script, seed and time."""
-    flags = [*RUNS[SND, "first"], *COMMON[:-3], "--seed", "2"]
-    process = run_script(SND, flags, tmp_path)
-    assert process.returncode == 0, process.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"Breakout__ppo_snd_atari__2__\d{10}", folder.name)
-    other, first = read(folder).scalars, runs[SND, "first"].log.scalars
-    assert other["losses/policy_loss"] != first["losses/policy_loss"]
-    assert other["charts/intrinsic_reward"] != first["charts/intrinsic_reward"]
-    if not torch.cuda.is_available():  # --cuda is the default
-        assert process.stderr.count("\n") == 1 and "CUDA" in process.stderr and "CPU" in process.stderr
-
-
-def test_live_progress(tmp_path: Path) -> None:
-    """In a terminal one line is rewritten in place, and ends with a newline."""
-    terminal, inner = pty.openpty()
-    command = [sys.executable, str(ROOT / f"{RND}.py"), *SHORT, *COMMON, "--model", "A"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=inner, stderr=inner)
-    os.close(inner)
-    output, end = b"", time.time() + 180
-    try:
-        while time.time() < end and select.select([terminal], [], [], 180)[0]:
-            try:
-                output += os.read(terminal, 4096)
-            except OSError:  # the other side is closed
-                break
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        os.close(terminal)
-    lines = output.decode().replace("\r\n", "\n").split("\r")[1:]
-    assert [line.split(" steps | ")[0] for line in lines] == ["32 / 64", "64 / 64"]
-    assert all(
-        re.search(r"steps/s \| 0:00 h left \| return - \| rooms 1 \| r_int [\d.]+\x1b\[K", line) for line in lines
-    )
-    assert [line.endswith("\n") for line in lines] == [False, True]
-
-
-def test_help(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """--help names every flag."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    named = set(re.findall(r"--([a-z0-9-]+)", text))
-    assert named >= {*FLAGS, *(ENTROPY_FLAGS if script.__name__ == ENTROPY else [])}
+def test_values_out_of_range(script: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    """One line that names flag and value, exit status 2; the limits themselves are taken."""
+    for name, values in (REFUSED | (REFUSED_ENTROPY if script.__name__ == ENTROPY else {})).items():
+        for value in values:
+            with pytest.raises(SystemExit) as stop:
+                script.check_args(make_args(script, **{name: value}))
+            flag = f"--{name.replace('_', '-')}"
+            assert stop.value.code == 2
+            assert re.match(rf"{script.__name__}: {flag} '?{value}'?: must ", error_line(capsys))
+    for limits in (dict(gamma=0, int_gamma=1, ext_coef=0, int_coef=0), dict(update_proportion=1, total_timesteps=32)):
+        script.check_args(make_args(script, **limits))
 
 
 BAD_INPUT = [
-    (["--env-id", "MontezumaRevengNoFrameskip-v4"], "MontezumaRevengeNoFrameskip-v4"),
+    (["--env-id", "MontezumaRevengNoFrameskip-v4"], "did you mean MontezumaRevengeNoFrameskip-v4"),
+    (["--env-id", "MontezumaRevenge-v4"], "did you mean MontezumaRevengeNoFrameskip-v4"),
+    (["--env-id", "ALE/Brakeout-v5"], "BreakoutNoFrameskip-v4"),
     (["--env-id", "CartPole-v1"], "Atari"),
     (["--env-id", ""], "Atari"),
-    (["--num-minibatches", "3"], "divide"),
-    (["--total-timesteps", "31"], "= 32"),
-    (["--run-name", "../x"], "run-name"),
-    (["--run-name", ""], "run-name"),
-    (["--seed", "-1"], "--seed"),
-    (["--learning-rate", "nan"], "--learning-rate"),
-    (["--learning-rate", "inf"], "finite"),
-    (["--norm-init-steps", "-1"], "--norm-init-steps"),
-    (["--update-proportion", "0"], "--update-proportion"),
-    (["--resume", "runs/none"], "checkpoint.pt"),
-    *([[f"--{name}", value], f"--{name}"] for name in (
-        "num-envs", "num-steps", "num-minibatches", "update-epochs", "total-timesteps", "checkpoint-interval"
-    ) for value in ("0", "-1")),
-    *([[f"--{name}", value], f"--{name}"] for name in (
-        "repeat-action-probability", "gamma", "int-gamma", "gae-lambda", "update-proportion"
-    ) for value in ("-0.1", "1.1", "nan")),
-    *([[f"--{name}", "-1"], f"--{name}"] for name in (
-        "learning-rate", "clip-coef", "ent-coef", "vf-coef", "max-grad-norm", "ext-coef", "int-coef",
-        "int-reward-scale", "actor-hidden-gain", "critic-hidden-gain",
-    )),
-]  # fmt: skip
-BAD_ENTROPY_INPUT = [
-    (["--entropy-coef", "-1"], "--entropy-coef"),
-    (["--entropy-scale", "-1"], "--entropy-scale"),
-    (["--entropy-gamma", "1.1"], "--entropy-gamma"),
-    (["--entropy-buffer-size", "1"], "--entropy-buffer-size"),
+    (["--num-envs", "-1"], "--num-envs -1"),
+    (["--cuda", "True"], "write --cuda or --no-cuda"),
+    (["--resume", "runs/none"], "give the folder of a run"),
 ]
 
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> object:
-    """Runs `main` in this process: it must end with status 2 before anything is built; returns standard error."""
+    """Runs a script: it must end with status 2 before anything is built; returns standard error."""
 
-    def run(script: ModuleType, flags: list[str]) -> str:
-        def built(*_: object, **__: object) -> None:
-            pytest.fail("something was built")
-
+    def run(script: ModuleType, *given: str) -> str:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *SHORT, *flags])
-        monkeypatch.setattr(script, "AtariEnvs", built)
-        monkeypatch.setattr(script, "Learner", built)
-        with pytest.raises(SystemExit) as stop:
-            script.main()
+        for name in ("AtariEnvs", "Learner"):
+            monkeypatch.setattr(script, name, lambda *_, **__: pytest.fail("something was built"))
+        assert call_main(script, [*flags(2)[:-2], *given]) == 2
         output = capsys.readouterr()
-        assert stop.value.code == 2 and output.out == "" and not list(tmp_path.iterdir())
+        assert output.out == "" and not list(tmp_path.iterdir())
         return output.err
 
     return run
 
 
-@pytest.mark.parametrize(("flags", "named"), BAD_INPUT, ids=lambda value: "=".join(value) if len(value) == 2 else "")
-def test_bad_input(script: ModuleType, refused: object, flags: list[str], named: str) -> None:
+@pytest.mark.parametrize(("given", "words"), BAD_INPUT)
+def test_bad_input(snd: ModuleType, refused: object, given: list[str], words: str) -> None:
     """One line that names the flag or what to do, exit status 2, no folder."""
-    message = refused(script, flags)
-    assert message.count("\n") == 1 and named in message and message.startswith(f"{script.__name__}: ")
+    message = refused(snd, *given)
+    assert message.count("\n") == 1 and message.startswith("ppo_snd_atari: ") and words in message
 
 
-@pytest.mark.parametrize(("flags", "named"), BAD_ENTROPY_INPUT, ids=lambda value: value[0])
-def test_bad_entropy_input(refused: object, flags: list[str], named: str) -> None:
-    """The entropy script's own flags."""
-    message = refused(__import__(ENTROPY), flags)
-    assert message.count("\n") == 1 and named in message
-
-
-@pytest.mark.parametrize(("backend", "package"), [("envpool", "envpool"), ("gymnasium", "ale_py")])
+@pytest.mark.parametrize(
+    ("backend", "module"), [("envpool", "envpool.atari.registration"), ("gymnasium", "ale_py.roms")]
+)
 def test_missing_backend(
-    script: ModuleType, refused: object, monkeypatch: pytest.MonkeyPatch, backend: str, package: str
+    snd: ModuleType, refused: object, monkeypatch: pytest.MonkeyPatch, backend: str, module: str
 ) -> None:
     """A backend that is not installed: the line has the pip command."""
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    message = refused(script, ["--env-backend", backend])
-    assert message.count("\n") == 1 and "pip install" in message and package.replace("_", "-") in message
+    monkeypatch.setitem(sys.modules, module, None)
+    message = refused(snd, "--env-backend", backend)
+    assert message.count("\n") == 1 and f"--env-backend {backend}" in message and "pip install" in message
 
 
-def test_missing_wandb(script: ModuleType, refused: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wandb(snd: ModuleType, refused: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """--track without wandb."""
     monkeypatch.setitem(sys.modules, "wandb", None)
-    message = refused(script, ["--track"])
+    message = refused(snd, "--track")
     assert message.count("\n") == 1 and "pip install wandb" in message
 
 
-@pytest.mark.parametrize("flags", [["--model", "E"], ["--env-backend", "ale"], ["--num-envs", "x"], ["--no-such", "1"]])
-def test_usage_errors(script: ModuleType, refused: object, flags: list[str]) -> None:
+@pytest.mark.parametrize("given", [["--model", "E"], ["--env-backend", "ale"], ["--num-envs", "x"], ["--no-such", "1"]])
+def test_usage_errors(snd: ModuleType, refused: object, given: list[str]) -> None:
     """What tyro itself refuses: its message names the flag or the value."""
-    message = refused(script, flags)
-    assert flags[0] in message or flags[1] in message
-
-
-def test_bad_input_as_a_user_sees_it(tmp_path: Path) -> None:
-    """The same from a shell: one line on standard error, nothing else."""
-    process = run_script(SND, ["--env-id", "MontezumaRevenge-v4"], tmp_path)
-    assert process.returncode == 2 and process.stdout == "" and not list(tmp_path.iterdir())
-    assert process.stderr.count("\n") == 1 and "MontezumaRevengeNoFrameskip-v4" in process.stderr
+    message = refused(snd, *given)
+    assert given[0] in message or given[1] in message
