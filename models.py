@@ -1,9 +1,8 @@
 """The networks of the three training scripts: policies A, B, C, D with their critics, and the novelty networks.
 
-A policy reads the last four frames as uint8 and divides them by 256 itself. A novelty network reads floats that the
-script has already normalised. Every layer starts orthogonal with zero bias. Layers and gains follow the architecture
-diagrams of SND's author; see also Burda et al. 2018 (RND, arXiv 1810.12894) and Pecháč et al. 2023 (SND, arXiv
-2302.11563).
+A policy reads the last four frames as uint8 and divides them by 256 itself; a novelty network reads floats that the
+script has normalised. Every layer starts orthogonal with zero bias. Layers and gains follow the diagrams of SND's
+author; see also Burda et al. 2018 (RND, arXiv 1810.12894) and Pecháč et al. 2023 (SND, arXiv 2302.11563).
 """
 
 import itertools
@@ -98,10 +97,10 @@ class ActorCritic(nn.Module):
     Args:
         model: "A", "B", "C" or "D".
         num_actions: actions of the game.
-        num_values: reward streams (2 for RND and SND: extrinsic, intrinsic; 3 for SND + entropy).
-        actor_hidden_gain: orthogonal gain of the actor's hidden layer. At 0.01 a few gradient steps outweigh it: in
-            Breakout 98 % of its units were dead after the first update; at √2 24 to 31 % after 24 updates.
-        critic_hidden_gain: orthogonal gain of the critic's hidden layer (√2 in the variants b1, b3 and c1).
+        num_values: reward streams (2: extrinsic, intrinsic; 3 for SND + entropy).
+        actor_hidden_gain: of the actor's hidden layer. At 0.01 a few gradient steps outweigh it: in Breakout 98 % of
+            its units were dead after the first update; at √2 24 to 31 % after 24 updates.
+        critic_hidden_gain: of the critic's hidden layer (√2 in the variants b1, b3 and c1).
     """
 
     def __init__(
@@ -130,12 +129,9 @@ class ActorCritic(nn.Module):
 class NoveltyNetwork(nn.Module):
     """Three convolutions and linear layers with ELUs between, for the target, the predictor and the entropy encoder.
 
-    The first layer is the diagrams' 8×8 / 4 convolution, computed as 2×2 / 1 over cells of 4×4 pixels: the same sums,
-    but cuDNN's deterministic gradient of a convolution over one channel takes 0.9 ms for 128 frames, this 0.01 (H200).
-
-    Args:
-        num_frames: channels of the input.
-        widths: units of each linear layer; the last one's are the features.
+    The first is the diagrams' 8×8 / 4 as 2×2 / 1 over cells of 4×4 pixels: the same sums, but cuDNN's deterministic
+    gradient over a single channel takes 0.9 ms for 128 frames, a matrix product 0.01 (H200). `widths` are the units of
+    the linear layers, the last of which are the features.
     """
 
     def __init__(self, num_frames: int, widths: list[int]):

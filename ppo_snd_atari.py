@@ -9,7 +9,7 @@ contrastive loss pulls two augmented views of one state together and pushes diff
 does not vanish as the predictor learns. What makes it work:
 
 1. two value heads with their own discounts; the intrinsic stream flows on across the ends of episodes;
-2. frames minus their running mean, divided by their running deviation, clamped to ±1, then augmented;
+2. frames minus their running mean, divided by their running deviation, clamped to ±1;
 3. the distillation loss keeps a random share of the feature elements, which slows the predictor down;
 4. advantages are 2 × extrinsic + 1 × intrinsic, not normalised, nor is the intrinsic reward;
 5. the row that resets an episode is not experience: no loss and no statistic sees it.
@@ -18,7 +18,6 @@ Papers: Pecháč et al. 2023 (SND, arXiv 2302.11563); Burda et al. 2018 (RND, ar
 """
 
 import difflib
-import functools
 import importlib.util
 import itertools
 import os
@@ -30,9 +29,9 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -81,7 +80,7 @@ class Args:
     env_id: str = "MontezumaRevengeNoFrameskip-v4"
     """the game; ALE/MontezumaRevenge-v5 and MontezumaRevenge-v5 mean the same one"""
     env_backend: Literal["envpool", "gymnasium"] = "envpool"
-    """EnvPool, or ale-py behind gymnasium's vector interface: as fast, smaller, counts no rooms"""
+    """EnvPool, or ale-py behind gymnasium's vector interface: as fast, a smaller download, no rooms"""
     total_timesteps: int | float = 128_000_000
     """agent steps of all environments together, 4 emulator frames each; 1e6 works, whole iterations are played"""
     num_envs: int = 128
@@ -123,7 +122,7 @@ class Args:
     actor_hidden_gain: float = 0.01
     """orthogonal gain of the actor's hidden layer; 1.414 for games without rewards"""
     critic_hidden_gain: float = 0.1
-    """orthogonal gain of the critic's hidden layer; 1.414 in the variants b1, b3 and c1"""
+    """orthogonal gain of the critic's hidden layer; 1.414 in some runs of benchmark/montezuma_rnd.sh"""
 
     # novelty
     norm_obs: Literal["none", "mean", "mean-std"] = "mean-std"
@@ -147,7 +146,7 @@ LIMITS = {  # the least and the largest value of these flags
     "ent_coef vf_coef ext_coef int_coef int_reward_scale actor_hidden_gain critic_hidden_gain": (0, HUGE),
     "gamma int_gamma gae_lambda repeat_action_probability": (0, 1),
     "update_proportion": (TINY, 1),
-    "num_steps": (2, HUGE),
+    "num_steps": (2, HUGE),  # with one, all rows might be reset rows
     "seed": (0, 2**31 - 1),
 }
 
@@ -165,7 +164,6 @@ def check_args(args: Args) -> None:
             value = getattr(args, name)
             if value is not None and not least <= value <= most:
                 fail(f"--{name.replace('_', '-')} {value}: must be from {least:.10g} to {most:.10g}")
-    args.total_timesteps = int(args.total_timesteps)  # 1e6 is a float
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches}: must divide --num-envs x --num-steps = {batch_size}")
@@ -180,8 +178,9 @@ def check_args(args: Args) -> None:
 
 def parse_args() -> tuple[Args, dict | None]:
     """The arguments and, with --resume, the checkpoint; exit status 2 if they are wrong."""
+    switches = [f"--{field.name.replace('_', '-')}" for field in fields(Args) if field.type is bool]
     for flag, value in itertools.pairwise(sys.argv):
-        if flag.startswith("--") and value.lower() in ("true", "false"):
+        if flag in switches and value.lower() in ("true", "false"):
             fail(f"{flag} {value}: a switch takes no value, write {flag} or --no-{flag[2:]}")
     cli = partial(tyro.cli, Args, description=__doc__.splitlines()[0])
     args, checkpoint = cli(), None
@@ -189,6 +188,7 @@ def parse_args() -> tuple[Args, dict | None]:
         checkpoint = load_checkpoint(Path(args.resume))
         args = cli(default=replace(checkpoint["args"], resume=args.resume))
     check_args(args)
+    args.total_timesteps = int(args.total_timesteps)  # 1e6 is a float
     return args, checkpoint
 
 
@@ -202,7 +202,9 @@ def rom_names(backend: str) -> dict[str, str]:
     if backend == "envpool":
         from envpool.atari.registration import atari_game_list as roms
     else:
-        roms = importlib.import_module("ale_py.roms").get_all_rom_ids()
+        from ale_py.roms import get_all_rom_ids
+
+        roms = get_all_rom_ids()
     return {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms}
 
 
@@ -243,62 +245,6 @@ def make_envs(args: Args, seed: int, num_envs: int) -> tuple[Any, np.ndarray, di
     return envs, *envs.reset(seed=seed)
 
 
-class AtariEnvs:
-    """N games side by side on either backend, and their scores and rooms.
-
-    The step after an episode's end ignores its action and returns the next episode's first observation. That is a
-    *reset row*: its input is the true final observation of the finished episode, and it is not experience.
-
-    Attributes:
-        groups: slices of the N games; some groups can play while the network looks at another.
-        next_obs: of each group, (size of the group, 4, 96, 96) uint8.
-        resets: (N,) bool, True where the next row is a reset row.
-        rooms: ids of the rooms seen; empty where the game or the backend tells none.
-        finished: (true score, agent steps) of each game that has ended; to be emptied by the reader.
-    """
-
-    def __init__(self, args: Args, seed: int, num_groups: int = 1):
-        self.game, n = game_of(args), args.num_envs
-        edges = np.linspace(0, n, min(n, num_groups) + 1).astype(int).tolist()
-        self.groups = [slice(*edge) for edge in itertools.pairwise(edges)]
-        made = [make_envs(args, seed + rows.start, rows.stop - rows.start) for rows in self.groups]
-        self.envs, self.next_obs, infos = map(list, zip(*made, strict=True))
-        self.num_actions = int(self.envs[0].single_action_space.n)
-        self.resets, self.scores, self.lengths, self.finished = np.zeros(n, bool), np.zeros(n), np.zeros(n, int), []
-        # EnvPool itself ends an episode at a lost life and goes on after a reset row; ALE would start a new game.
-        self.watch_lives = args.episodic_life and args.env_backend == "gymnasium"
-        self.lives = np.concatenate([info["lives"] for info in infos])
-        self.rooms, self.knows_rooms = set(), self.game in ROOM_GAMES and args.env_backend == "envpool"
-        if self.knows_rooms:
-            self.ram = np.concatenate([info["ram"] for info in infos])
-            self.rooms = set(rooms_of(self.game, self.ram, self.ram, np.ones(n, bool)).tolist()) - {-1}
-
-    def send(self, group: int, actions: np.ndarray) -> None:
-        """Start a step of a group's games with actions (size of the group,) int32."""
-        self.envs[group].send(actions)
-
-    def recv(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """End a group's step; returns its true rewards, and `terminated` and `done` bool."""
-        rows = self.groups[group]
-        self.next_obs[group], rewards, terminated, truncated, info = self.envs[group].recv()
-        was_reset, self.resets[rows] = self.resets[rows].copy(), terminated | truncated
-        # EnvPool's own `terminated` includes lost lives, but not a game that is over in its last permitted step.
-        game_over = info.get("terminated", terminated).astype(bool)
-        terminated = terminated | game_over
-        if self.watch_lives:
-            terminated |= (info["lives"] > 0) & (info["lives"] < self.lives[rows]) & ~was_reset & ~truncated
-        self.lives[rows] = info["lives"]
-        self.scores[rows] += rewards
-        self.lengths[rows] += ~was_reset
-        ended = rows.start + np.flatnonzero(game_over | truncated)
-        self.finished += zip(self.scores[ended].tolist(), self.lengths[ended].tolist(), strict=True)
-        self.scores[ended] = self.lengths[ended] = 0
-        if self.knows_rooms:
-            self.rooms |= set(rooms_of(self.game, info["ram"], self.ram[rows], was_reset).tolist()) - {-1}
-            self.ram[rows] = info["ram"]
-        return rewards, terminated, terminated | truncated
-
-
 ROOM_BYTE = {"Pitfall": 1, "PrivateEye": 92, "Venture": 90}  # where the game keeps the number of the room
 ROOM_GAMES = {"MontezumaRevenge", "Gravitar", "Solaris", *ROOM_BYTE}
 
@@ -318,6 +264,65 @@ def rooms_of(game: str, ram: np.ndarray, last_ram: np.ndarray, first: np.ndarray
         warped = (last_ram[:, 13] == 16) & (ram[:, 13] != 16)
         return np.where(first | warped, 64 * ram[:, 77] + ram[:, 8], -1)
     return ram[:, ROOM_BYTE[game]]
+
+
+class AtariEnvs:
+    """N games side by side on either backend, and their scores and rooms.
+
+    The step after an episode's end ignores its action and returns the next episode's first observation. That is a
+    *reset row*: its input is the true final observation of the finished episode, and it is not experience.
+
+    Attributes:
+        groups: slices of the N games; some groups play while the network looks at another.
+        next_obs: of each group, (size of the group, 4, 96, 96) uint8.
+        resets: (N,) bool, True where the next row is a reset row.
+        rooms: ids of the rooms seen; empty where the game or the backend tells none.
+        finished: (true score, agent steps) of each game that has ended; to be emptied by the reader.
+    """
+
+    def __init__(self, args: Args, seed: int, num_groups: int = 1):
+        self.game, n = game_of(args), args.num_envs
+        edges = np.linspace(0, n, min(n, num_groups) + 1).astype(int).tolist()
+        self.groups = [slice(*edge) for edge in itertools.pairwise(edges)]
+        made = [make_envs(args, seed + games.start, games.stop - games.start) for games in self.groups]
+        self.envs, self.next_obs, infos = map(list, zip(*made, strict=True))
+        self.num_actions = int(self.envs[0].single_action_space.n)
+        self.resets = np.zeros(n, bool)
+        self.scores, self.lengths, self.finished = np.zeros(n), np.zeros(n, int), []
+        # EnvPool itself ends an episode at a lost life and goes on after a reset row; ALE would start a new game.
+        self.watch_lives = args.episodic_life and args.env_backend == "gymnasium"
+        self.lives = np.concatenate([info["lives"] for info in infos])
+        self.rooms = set()
+        self.knows_rooms = self.game in ROOM_GAMES and args.env_backend == "envpool"
+        if self.knows_rooms:
+            self.ram = np.concatenate([info["ram"] for info in infos])
+            self.rooms = set(rooms_of(self.game, self.ram, self.ram, np.ones(n, bool)).tolist()) - {-1}
+
+    def send(self, group: int, actions: np.ndarray) -> None:
+        """Start a step of a group's games with actions (size of the group,) int32."""
+        self.envs[group].send(actions)
+
+    def recv(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """End a group's step; returns its true rewards, and `terminated` and `done` bool."""
+        games = self.groups[group]
+        self.next_obs[group], rewards, terminated, truncated, info = self.envs[group].recv()
+        was_reset = self.resets[games].copy()
+        self.resets[games] = terminated | truncated  # not where ALE's game goes on after a lost life
+        # EnvPool's own `terminated` includes lost lives, but not a game that is over in its last permitted step.
+        game_over = info.get("terminated", terminated).astype(bool)
+        terminated = terminated | game_over
+        if self.watch_lives:
+            terminated |= (info["lives"] > 0) & (info["lives"] < self.lives[games]) & ~was_reset & ~truncated
+        self.lives[games] = info["lives"]
+        self.scores[games] += rewards
+        self.lengths[games] += ~was_reset
+        ended = games.start + np.flatnonzero(game_over | truncated)
+        self.finished += zip(self.scores[ended].tolist(), self.lengths[ended].tolist(), strict=True)
+        self.scores[ended] = self.lengths[ended] = 0
+        if self.knows_rooms:
+            self.rooms |= set(rooms_of(self.game, info["ram"], self.ram[games], was_reset).tolist()) - {-1}
+            self.ram[games] = info["ram"]
+        return rewards, terminated, terminated | truncated
 
 
 # ---- What learns ----
@@ -377,15 +382,12 @@ class Learner(nn.Module):
             torch._dynamo.config.recompile_limit = 32  # the novelty networks share one forward, and so one count
             for network in (self.agent, self.target, self.predictor):
                 network.compile(dynamic=False)  # the few batch shapes never change
-        # For `recorded`: capturable, and the learning rate a tensor, which a schedule must change in place.
+        # `recorded` wants capturable and, as learning rates, tensors: a schedule fills them in place.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable")
-        lr = torch.tensor(args.learning_rate, device=device)
-        adam = partial(torch.optim.Adam, lr=lr, fused=True, capturable=device.type == "cuda")
-        self.optimizers = {
-            "agent": adam(self.agent.parameters()),
-            "predictor": adam(self.predictor.parameters()),
-            "target": adam(self.target.parameters()),
-        }
+        self.optimizers = {}
+        for name in ("agent", "predictor", "target"):
+            parameters, lr = getattr(self, name).parameters(), torch.tensor(args.learning_rate, device=device)
+            self.optimizers[name] = torch.optim.Adam(parameters, lr, fused=True, capturable=device.type == "cuda")
 
 
 @dataclass
@@ -409,10 +411,10 @@ class Rollout:
 def autocast(args: Args, device: torch.device) -> torch.autocast:
     """bfloat16 for the policy, in rollout and update alike, where the hardware multiplies it fast.
 
-    Never for novelty: at an RND reward of 1e-3 bfloat16 is wrong by half of it, TF32 by 0.6 %.
+    Never for novelty: an RND reward of 1e-3 comes out up to 60 % wrong in bfloat16, 0.6 % in TF32 (see main).
     """
     on_gpu = device.type == "cuda"
-    fast = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
     # No cache of the cast weights: a recording would not notice that they change.
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and fast, cache_enabled=False)
 
@@ -422,13 +424,13 @@ def act(learner: Learner, args: Args, obs: Tensor) -> dict[str, Tensor]:
     """Actions (batch,) int64, their logprobs (batch,) and the values (batch, heads) of obs (batch, 4, 96, 96) uint8."""
     with autocast(args, obs.device):
         logits, values = learner.agent(obs)
-    # The Gumbel trick: unlike torch.distributions it never asks the device for a yes or no.
+    # The Gumbel trick; torch.distributions would check its arguments and so wait for a GPU.
     actions = (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
     logprobs = logits.log_softmax(dim=1).gather(1, actions[:, None])[:, 0]
     return {"actions": actions, "logprobs": logprobs, "values": values}
 
 
-def collect_rollout(envs: AtariEnvs, act: Callable, obs: Tensor, args: Args) -> Rollout:
+def collect_rollout(envs: AtariEnvs, act_step: Callable, obs: Tensor, args: Args) -> Rollout:
     """Play `num_steps` steps of every environment; fills obs (T + 1, N, 4, 96, 96) uint8.
 
     One forward pass a step. Row T is not played; its values are there to bootstrap from.
@@ -439,15 +441,15 @@ def collect_rollout(envs: AtariEnvs, act: Callable, obs: Tensor, args: Args) -> 
     rewards = np.empty(shape, np.float32)
     terminations, dones, valid = (np.empty(shape, bool) for _ in range(3))
     for t in range(args.num_steps + 1):
-        for group, rows in enumerate(envs.groups):  # while the network looks at one, the others play
+        for group, games in enumerate(envs.groups):  # while the network looks at one, the others play
             if t > 0:
-                rewards[t - 1, rows], terminations[t - 1, rows], dones[t - 1, rows] = envs.recv(group)
-            obs[t, rows] = torch.from_numpy(envs.next_obs[group])
-            chosen = act(obs=obs[t, rows])
-            values[t, rows] = chosen["values"]
+                rewards[t - 1, games], terminations[t - 1, games], dones[t - 1, games] = envs.recv(group)
+            obs[t, games] = torch.from_numpy(envs.next_obs[group])
+            chosen = act_step(obs=obs[t, games])
+            values[t, games] = chosen["values"]
             if t < args.num_steps:
-                actions[t, rows], logprobs[t, rows] = chosen["actions"], chosen["logprobs"]
-                valid[t, rows] = ~envs.resets[rows]
+                actions[t, games], logprobs[t, games] = chosen["actions"], chosen["logprobs"]
+                valid[t, games] = ~envs.resets[games]
                 envs.send(group, chosen["actions"].to("cpu", torch.int32).numpy())
     played = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
     return Rollout(obs, actions, logprobs, values, *(torch.from_numpy(x).to(device) for x in played))
@@ -523,7 +525,7 @@ def gae(
     bootstrap from the next value, `dones` the flow of later advantages. Because the row after an end holds the final
     observation, its value is the right bootstrap of a truncated episode.
     """
-    advantages = rewards + gamma * values[1:] * ~terminations - values[:-1]  # the deltas: the last row is complete
+    advantages = rewards + gamma * values[1:] * ~terminations - values[:-1]  # one-step errors
     decay = gamma * gae_lambda * ~dones
     for t in reversed(range(len(rewards) - 1)):
         advantages[t] += decay[t] * advantages[t + 1]
@@ -535,8 +537,8 @@ def estimate_advantages(rollout: Rollout, int_rewards: Tensor, args: Args) -> tu
 
     The game's stream is episodic. Novelty is not: without ends it flows through reset rows, whose reward is 0.
     """
-    ends, no_ends = (rollout.terminations, rollout.dones), (torch.zeros_like(rollout.dones),) * 2
-    int_ends = ends if args.int_episodic else no_ends
+    ends = [rollout.terminations, rollout.dones]
+    int_ends = [end & args.int_episodic for end in ends]  # by default nowhere True
     ext_values, int_values = rollout.values.unbind(dim=-1)
     ext_advantages = gae(rollout.ext_rewards, ext_values, *ends, args.gamma, args.gae_lambda)
     int_advantages = gae(int_rewards, int_values, *int_ends, args.int_gamma, args.gae_lambda)
@@ -546,8 +548,9 @@ def estimate_advantages(rollout: Rollout, int_rewards: Tensor, args: Args) -> tu
 
 def explained_variance(rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args) -> Tensor:
     """Share of the variance of the coefficient-weighted returns that the values explain, over the valid rows."""
-    weighted = sum(coef * returns[..., i] for i, coef in enumerate(advantage_coefs(args)))[rollout.valid]
-    return 1 - advantages[rollout.valid].var(correction=0) / weighted.var(correction=0).clamp(min=1e-8)
+    weighted = (returns @ returns.new_tensor(advantage_coefs(args)))[rollout.valid]
+    errors = advantages[rollout.valid]  # the weighted returns less the weighted values
+    return 1 - errors.var(correction=0) / weighted.var(correction=0).clamp(min=1e-8)
 
 
 # ---- Learning ----
@@ -584,8 +587,9 @@ def ppo_loss(
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = (torch.max(-advantages * ratio, -advantages * clipped) * weights).sum()
-    trained = torch.stack([values.new_full((), coef > 0) for coef in advantage_coefs(args)])  # (heads,)
-    value_loss = (((values - returns).square() * trained).sum(dim=1) * weights).sum()
+    errors = (values - returns).square()  # (batch, heads)
+    trained = [errors[:, i] for i, coef in enumerate(advantage_coefs(args)) if coef > 0]
+    value_loss = (sum(trained, torch.zeros_like(weights)) * weights).sum()
     entropy = (-(all_logprobs.exp() * all_logprobs).sum(dim=1) * weights).sum()
     losses = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
     losses["approx_kl"] = ((ratio - 1 - logratio) * weights).sum()  # http://joschu.net/blog/kl-approx.html
@@ -596,7 +600,7 @@ def ppo_loss(
 
 def train_policy(learner: Learner, args: Args, **minibatch: Tensor) -> dict[str, Tensor]:
     """One step of the policy and the values on a minibatch, the tensors of ppo_loss; returns its losses."""
-    loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
+    loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss  # compiled once, at first use
     with autocast(args, minibatch["obs"].device):
         loss, losses = loss_function(learner.agent, args, **minibatch)
     descend(learner.optimizers["agent"], loss, args.max_grad_norm)
@@ -670,11 +674,12 @@ def train_novelty(
     update_proportion = args.update_proportion or min(1, 32 / args.num_envs)
     distillation = distillation_loss(learner.predictor(x), target_features, valid, update_proportion)
     descend(learner.optimizers["predictor"], distillation)
-    return {"distillation": distillation.detach(), "contrastive": contrastive.detach()}
+    losses = {"distillation": distillation, "contrastive": contrastive}
+    return {name: x.detach() for name, x in losses.items()}
 
 
 def update(
-    rollout: Rollout, advantages: Tensor, returns: Tensor, train_policy: Callable, train_novelty: Callable, args: Args
+    rollout: Rollout, advantages: Tensor, returns: Tensor, policy_step: Callable, novelty_step: Callable, args: Args
 ) -> dict[str, Tensor]:
     """Train on a rollout, advantages (T, N), returns (T, N, heads); the mean losses, still on the device."""
     batch = {"obs": rollout.obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs}
@@ -689,7 +694,7 @@ def update(
             pair_inds, labels = draw_pairs(rollout.valid_inds, NUM_PAIRS)
             pair_obs = batch["obs"].index_select(0, pair_inds)
             states = {"obs": minibatch["obs"], "valid": minibatch["valid"], "pair_obs": pair_obs, "labels": labels}
-            losses.append(side_by_side(partial(train_policy, **minibatch), partial(train_novelty, **states)))
+            losses.append(side_by_side(partial(policy_step, **minibatch), partial(novelty_step, **states)))
     return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
 
 
@@ -726,15 +731,12 @@ def recorded(function: Callable, device: torch.device) -> Callable:
     return replay
 
 
-side_stream = functools.cache(torch.cuda.Stream)  # a second queue of kernels, made once
+side_stream = cache(torch.cuda.Stream)  # a second queue of kernels, made once
 
 
 def side_by_side(one: Callable, other: Callable) -> dict[str, Tensor]:
-    """The named tensors of two calls, which on a GPU run at the same time.
-
-    Of two recordings only `other` may draw random numbers, and with a torch of 2025 or later.
-    """
-    if not torch.cuda.is_initialized():
+    """The named tensors of two calls, on a GPU made at the same time; of recordings only `other` may draw numbers."""
+    if not torch.cuda.is_initialized():  # training on a CPU
         return one() | other()
     main_stream = torch.cuda.current_stream()
     side_stream().wait_stream(main_stream)
@@ -749,7 +751,7 @@ def side_by_side(one: Callable, other: Callable) -> dict[str, Tensor]:
 
 
 def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict) -> None:
-    """Write checkpoint.pt; a kill at any instant leaves the old one or the new one."""
+    """Write checkpoint.pt; a kill at any instant leaves the old one or the new one. Exit status 1 on broken weights."""
     if not nn.utils.get_total_norm(learner.parameters()).isfinite():
         fail(f"a weight is not finite; the last good checkpoint is kept in {run_dir}", status=1)
     checkpoint = {"script": SCRIPT, "args": asdict(args) | {"resume": None}, "counters": counters}
@@ -771,7 +773,7 @@ def load_checkpoint(run_dir: Path) -> dict:
         if checkpoint["script"] != SCRIPT:
             raise ValueError(f"{checkpoint['script']} wrote it")
         return checkpoint | {"args": Args(**checkpoint["args"])}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         fail(f"--resume {run_dir}: give the folder of a run, with its checkpoint.pt")
     except Exception as error:  # whatever a broken or foreign file makes the reader raise
         fail(f"{run_dir / 'checkpoint.pt'} is not a checkpoint of {SCRIPT}: {one_line(error)}")
@@ -882,14 +884,14 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     print(f"{run_dir}: {game_of(args)}, {num_iterations:,} iterations of {batch_size:,} steps on {device}", flush=True)
     if device.type == "cpu":
-        print("hint: on a CPU try --model A --num-envs 32; beside other runs, set OMP_NUM_THREADS=1", flush=True)
+        print("on a CPU, --model A --num-envs 32 is faster; beside other runs, set OMP_NUM_THREADS=1", flush=True)
     else:
         torch.set_num_threads(1)  # more would wait actively and take the processors from the emulators
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.bf16
-    torch.manual_seed(args.seed)
     # Emulators cannot be saved: a resumed run starts new games, from seeds of their own.
     env_seed = int(np.random.SeedSequence([args.seed, global_step]).generate_state(1)[0] >> 2)
+    torch.manual_seed(args.seed + global_step)
     envs = AtariEnvs(args, env_seed, num_groups=3 if device.type == "cuda" else 1)
     learner = Learner(args, envs.num_actions, device)
     if checkpoint:
@@ -898,7 +900,7 @@ def main() -> None:
         print(f"frame statistics: {args.norm_init_steps} random steps of each game", flush=True)
         init_obs_stats(learner.obs_stats, args, env_seed)
     envs.rooms.update(counters["rooms"])
-    act_, train_policy_, train_novelty_ = (
+    act_step, policy_step, novelty_step = (
         recorded(partial(function, learner, args), device) for function in (act, train_policy, train_novelty)
     )
     obs = torch.zeros(args.num_steps + 1, args.num_envs, 4, 96, 96, dtype=torch.uint8, device=device)
@@ -913,7 +915,7 @@ def main() -> None:
         start = time.time()
         # 1. Play T steps of N games; row T only bootstraps
         progress.show("playing")
-        rollout = collect_rollout(envs, act_, obs, args)
+        rollout = collect_rollout(envs, act_step, obs, args)
         # 2. Reward the novelty of each next observation
         progress.show("learning")
         update_obs_stats(learner.obs_stats, rollout)
@@ -921,7 +923,7 @@ def main() -> None:
         # 3. The game's stream is episodic; novelty flows on across the ends of episodes
         advantages, returns = estimate_advantages(rollout, int_rewards, args)
         # 4. PPO, and beside it contrast the target and distil the predictor
-        losses = update(rollout, advantages, returns, train_policy_, train_novelty_, args)
+        losses = update(rollout, advantages, returns, policy_step, novelty_step, args)
         # 5. Log and save
         global_step += batch_size
         scalars = {f"losses/{name}": loss for name, loss in losses.items()}
@@ -936,15 +938,17 @@ def main() -> None:
             envs.finished.clear()
         if envs.rooms:
             scalars["charts/explored_rooms"] = len(envs.rooms)
+        # The masks above have waited for the device, so this is the time of all that was done.
         scalars["charts/SPS"] = batch_size / (time.time() - start)
         log(writer, scalars, global_step)
         progress.count(global_step, scores, envs.rooms, scalars["charts/intrinsic_reward"])
-        last = bool(stop) or iteration == num_iterations
+        stopped = bool(stop)
+        last = stopped or iteration == num_iterations
         if last or iteration % args.checkpoint_interval == 0:
             progress.show("saving", final=last)
             counters = {"global_step": global_step, "rooms": sorted(envs.rooms), "scores": list(scores)}
             save_checkpoint(run_dir, args, learner, counters)
-        if stop and iteration < num_iterations:
+        if stopped and iteration < num_iterations:
             print(f"stopped at step {global_step:,}; go on with: python {sys.argv[0]} --resume {run_dir}")
             sys.exit(128 + stop[0])
 
