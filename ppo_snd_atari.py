@@ -17,6 +17,7 @@ does not vanish as the predictor learns. What makes it work:
 Papers: Pecháč et al. 2023 (SND, arXiv 2302.11563); Burda et al. 2018 (RND, arXiv 1810.12894).
 """
 
+import contextlib
 import difflib
 import importlib.util
 import itertools
@@ -598,9 +599,12 @@ def ppo_loss(
     return loss, {name: x.detach() for name, x in losses.items()}
 
 
+compiled = cache(torch.compile)  # one wrapper for all calls
+
+
 def train_policy(learner: Learner, args: Args, **minibatch: Tensor) -> dict[str, Tensor]:
     """One step of the policy and the values on a minibatch, the tensors of ppo_loss; returns its losses."""
-    loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss  # compiled once, at first use
+    loss_function = compiled(ppo_loss, dynamic=False) if args.compile else ppo_loss
     with autocast(args, minibatch["obs"].device):
         loss, losses = loss_function(learner.agent, args, **minibatch)
     descend(learner.optimizers["agent"], loss, args.max_grad_norm)
@@ -694,7 +698,8 @@ def update(
             pair_inds, labels = draw_pairs(rollout.valid_inds, NUM_PAIRS)
             pair_obs = batch["obs"].index_select(0, pair_inds)
             states = {"obs": minibatch["obs"], "valid": minibatch["valid"], "pair_obs": pair_obs, "labels": labels}
-            losses.append(side_by_side(partial(policy_step, **minibatch), partial(novelty_step, **states)))
+            both = partial(policy_step, **minibatch), partial(novelty_step, **states)
+            losses.append(side_by_side(*both, rollout.obs.device))
     return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
 
 
@@ -706,7 +711,8 @@ def recorded(function: Callable, device: torch.device) -> Callable:
 
     For each set of shapes the first call runs the function, which sets up libraries and optimisers, the second records
     it (a CUDA graph), later ones replay it without Python. So what changes from call to call is one of `tensors` or is
-    changed in place, and nothing inside waits for the device. To debug, return the function itself, as on a CPU.
+    changed in place, nothing inside waits for the device, and what is returned is detached. To debug, return the
+    function itself, as on a CPU.
     """
     if device.type == "cpu":
         return function
@@ -734,9 +740,9 @@ def recorded(function: Callable, device: torch.device) -> Callable:
 side_stream = cache(torch.cuda.Stream)  # a second queue of kernels, made once
 
 
-def side_by_side(one: Callable, other: Callable) -> dict[str, Tensor]:
+def side_by_side(one: Callable, other: Callable, device: torch.device) -> dict[str, Tensor]:
     """The named tensors of two calls, on a GPU made at the same time; of recordings only `other` may draw numbers."""
-    if not torch.cuda.is_initialized():  # training on a CPU
+    if device.type == "cpu":
         return one() | other()
     main_stream = torch.cuda.current_stream()
     side_stream().wait_stream(main_stream)
@@ -772,6 +778,8 @@ def load_checkpoint(run_dir: Path) -> dict:
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
             raise ValueError(f"{checkpoint['script']} wrote it")
+        if "global_step" not in checkpoint["counters"]:
+            raise ValueError("an older version wrote it")
         return checkpoint | {"args": Args(**checkpoint["args"])}
     except (FileNotFoundError, NotADirectoryError):
         fail(f"--resume {run_dir}: give the folder of a run, with its checkpoint.pt")
@@ -840,13 +848,15 @@ class Progress:
 
     def show(self, doing: str, final: bool = False) -> None:
         """Print the numbers and what is being done."""
-        line = f"{self.numbers} | {doing}"
+        line, end = f"{self.numbers} | {doing}", "\n"
         if sys.stdout.isatty():
             line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
-            print(f"\r{line}\x1b[K", end="\n" if final else "", flush=True)
-        elif final or time.time() - self.printed >= 30:
-            print(line, flush=True)
-            self.printed = time.time()
+            line, end = f"\r{line}\x1b[K", "\n" if final else ""
+        elif not final and time.time() - self.printed < 30:
+            return
+        self.printed = time.time()
+        with contextlib.suppress(OSError):  # a terminal or a pipe that has gone must not cost a checkpoint
+            print(line, end=end, flush=True)
 
 
 def catch_stop_signals() -> list[int]:
@@ -855,13 +865,13 @@ def catch_stop_signals() -> list[int]:
 
     def catch(number: int, _frame: object) -> None:
         caught.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         # os.write, for print may be at work below this handler and cannot be entered twice.
-        os.write(2, b"\nstopping: waiting for this iteration to end, then saving; once more stops at once\n")
+        with contextlib.suppress(OSError):  # Ctrl-C has ended `tee`, too
+            os.write(2, b"\nstopping: waiting for this iteration to end, then saving; once more stops at once\n")
 
-    signal.signal(signal.SIGINT, catch)
-    signal.signal(signal.SIGTERM, catch)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
     return caught
 
 
@@ -907,7 +917,10 @@ def main() -> None:
     scores, progress = deque(counters["scores"], maxlen=100), Progress(args, global_step)
 
     stop = catch_stop_signals()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error.strerror}")
     writer = make_writer(run_dir, args, global_step)
     if checkpoint is None:
         save_checkpoint(run_dir, args, learner, counters)
@@ -963,7 +976,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("stopped before training began; nothing was written", status=130)
     except OSError as error:
-        fail(str(error))
+        fail(str(error), status=1)
     except RuntimeError as error:  # CUDA graphs, cuBLAS and CPUs run out of memory under names of their own
         if not re.search("out of memory|ALLOC_FAILED|allocate memory|failed writing", f"{error} {error.__context__}"):
             raise
