@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
-import math
 import os
 import re
 import sys
@@ -120,15 +119,15 @@ def choose_actions(module: ModuleType, learner: Any, args: Any, obs: torch.Tenso
 
 
 @torch.no_grad()
-def intrinsic_reward(module: ModuleType, learner: Any, args: Any, obs: torch.Tensor) -> float:
-    """The novelty of obs (1, 4, 96, 96) uint8 in the run's own scale; nan where a copied script's is another kind."""
+def intrinsic_rewards(module: ModuleType, learner: Any, args: Any, obs: torch.Tensor) -> np.ndarray:
+    """The novelty (batch,) of obs (batch, 4, 96, 96) uint8 as the run pays it; nan if a copied script has another kind."""
     if not (hasattr(learner, "target") and hasattr(learner, "predictor")):
-        return math.nan
+        return np.full(len(obs), np.nan)
     x = module.novelty_input(obs, learner.obs_stats, args.norm_obs)
-    reward = module.novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
+    rewards = module.novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
     if args.norm_int_reward:
-        reward = reward / learner.int_returns.stats.var.sqrt().float().clamp(min=1e-8)
-    return reward.item()
+        rewards = rewards / learner.int_returns.stats.var.sqrt().float().clamp(min=1e-8)
+    return rewards.cpu().numpy()
 
 
 def picture(screen: np.ndarray, score: float, room: int | None, int_reward: float) -> np.ndarray:
@@ -164,7 +163,7 @@ def play(
         score, length = envs.finished[0] if envs.finished else (envs.scores[0], int(envs.lengths[0]))
         if not was_reset:  # under --episodic-life a lost life is followed by a reset row, and the game goes on
             if length:
-                int_rewards.append(intrinsic_reward(module, learner, args, obs))
+                int_rewards.append(float(intrinsic_rewards(module, learner, args, obs)[0]))
             if film is not None:
                 film(picture(envs.envs[0].render()[0], score, room, int_rewards[-1] if int_rewards else 0.0))
         if envs.finished or length == max_steps:

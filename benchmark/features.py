@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 from cli import check_output, fail
-from enjoy import choose_actions, load_learner, load_runs, make_envs
+from enjoy import choose_actions, intrinsic_rewards, load_learner, load_runs, make_envs
 from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances
@@ -73,13 +73,11 @@ def look(module: ModuleType, learner: Any, args: Any, states: np.ndarray) -> tup
     """The target's features (states, 512) and the intrinsic rewards (states,) float32, normalised as the run does."""
     device, features, rewards = next(learner.target.parameters()).device, [], []
     for chunk in torch.from_numpy(states).split(256):
-        x = module.novelty_input(chunk.to(device), learner.obs_stats, args.norm_obs)
-        features.append(learner.target(x))
-        rewards.append(module.novelty(features[-1], learner.predictor(x), args.int_reward_scale))
-    paid = torch.cat(rewards)
-    if args.norm_int_reward:
-        paid = paid / learner.int_returns.stats.var.sqrt().float().clamp(min=1e-8)
-    return torch.cat(features).cpu().numpy(), paid.cpu().numpy()
+        obs = chunk.to(device)
+        x = module.novelty_input(obs, learner.obs_stats, args.norm_obs)
+        features.append(learner.target(x).cpu().numpy())
+        rewards.append(intrinsic_rewards(module, learner, args, obs))
+    return np.concatenate(features), np.concatenate(rewards)
 
 
 def room_numbers(features: np.ndarray, rooms: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the test files share: the three scripts as modules, tiny arguments, recorded play, training iterations."""
+"""What the test files share: the three scripts as modules, tiny arguments, recorded play, a training iteration."""
 
 import copy
 import functools
@@ -71,11 +71,6 @@ def built_learner(script: ModuleType, model: str, num_actions: int, num_envs: in
     return script.Learner(args, num_actions, torch.device("cpu"))
 
 
-def num_heads(script: ModuleType) -> int:
-    """Value heads of a script."""
-    return 3 if script.__name__ == ENTROPY else 2
-
-
 def empty_obs(args: object) -> Tensor:
     """The frame buffer of a rollout, (T + 1, N, 4, 96, 96) uint8."""
     return torch.zeros(args.num_steps + 1, args.num_envs, 4, 96, 96, dtype=torch.uint8)
@@ -84,13 +79,13 @@ def empty_obs(args: object) -> Tensor:
 def make_rollout(script: ModuleType, dones: Tensor, terminations: Tensor, first_valid: Tensor, seed: int = 0) -> object:
     """A rollout of random numbers and frames around given ends (T, N); `first_valid` (N,) is row 0's."""
     generator = torch.Generator().manual_seed(seed)
-    shape = dones.shape
+    shape, num_heads = dones.shape, 3 if script.__name__ == ENTROPY else 2
     valid = torch.cat([first_valid[None], ~dones[:-1]])
     return script.Rollout(
         obs=torch.randint(256, (shape[0] + 1, shape[1], 4, 96, 96), dtype=torch.uint8, generator=generator),
         actions=torch.randint(4, shape, generator=generator),
         logprobs=-torch.rand(shape, generator=generator) - 1,
-        values=torch.randn(shape[0] + 1, shape[1], num_heads(script), generator=generator),
+        values=torch.randn(shape[0] + 1, shape[1], num_heads, generator=generator),
         ext_rewards=torch.randint(-1, 2, shape, generator=generator).float() * valid,
         terminations=terminations,
         dones=dones,
@@ -108,9 +103,7 @@ def random_rollout(script: ModuleType, num_steps: int = 8, num_envs: int = 4) ->
     return make_rollout(script, *map(torch.from_numpy, (dones, terminations, first_valid)))
 
 
-def reward_and_estimate(
-    script: ModuleType, learner: object, rollout: object, args: object, ring: object = None
-) -> tuple[Tensor, ...]:
+def reward_and_estimate(script: ModuleType, learner: object, rollout: object, args: object) -> tuple[Tensor, ...]:
     """The steps of `main` between rollout and update: the tensors that `update` takes after the rollout."""
     script.update_obs_stats(learner.obs_stats, rollout)
     rewards, extra = script.intrinsic_rewards(learner, rollout, args), ()
@@ -118,7 +111,7 @@ def reward_and_estimate(
         rewards, *extra = rewards
     streams = [rewards]
     if script.__name__ == ENTROPY:
-        ring = ring or script.FeatureRing(args.entropy_buffer_size)
+        ring = script.FeatureRing(args.entropy_buffer_size)
         streams.append(script.entropy_rewards(learner, rollout, ring, args))
     return *script.estimate_advantages(rollout, *streams, args), *extra
 
@@ -129,16 +122,14 @@ def update(script: ModuleType, learner: object, rollout: object, inputs: tuple, 
     return script.update(rollout, *inputs, *steps, args)
 
 
-def train(script: ModuleType, args: object, iterations: int) -> object:
-    """Train as `main` does, in this process; returns the learner."""
+def train(script: ModuleType, args: object) -> object:
+    """Train for one iteration as `main` does, in this process; returns the learner."""
     envs = script.AtariEnvs(args, args.seed)
-    learner, obs = make_learner(script, args, envs.num_actions), empty_obs(args)
-    ring = script.FeatureRing(args.entropy_buffer_size) if script.__name__ == ENTROPY else None
+    learner = make_learner(script, args, envs.num_actions)
     script.init_obs_stats(learner.obs_stats, args, args.seed)
     torch.manual_seed(args.seed)
-    for _ in range(iterations):
-        rollout = script.collect_rollout(envs, partial(script.act, learner, args), obs, args)
-        update(script, learner, rollout, reward_and_estimate(script, learner, rollout, args, ring), args)
+    rollout = script.collect_rollout(envs, partial(script.act, learner, args), empty_obs(args), args)
+    update(script, learner, rollout, reward_and_estimate(script, learner, rollout, args), args)
     return learner
 
 
@@ -148,14 +139,13 @@ class Recorder:
     Attributes:
         obs, resets: what was known before each step and after the last.
         rewards, terminations, dones: what each step returned.
-        infos: the backend's own, with its `truncated` beside them; `first_ram` (N, 128) is the memory before.
+        infos: the backend's own, with its `truncated` beside them.
     """
 
     def __init__(self, script: ModuleType, args: object, seed: int = 1):
         self.envs = script.AtariEnvs(args, seed)
         self.obs, self.resets = [self.envs.next_obs[0].copy()], [self.envs.resets.copy()]
         self.rewards, self.terminations, self.dones, self.infos = [], [], [], []
-        self.first_ram = self.envs.ram.copy() if self.envs.knows_rooms else None
         (backend,) = self.envs.envs  # all games form one group
         backend_recv, recv = backend.recv, self.envs.recv
 
@@ -182,7 +172,7 @@ class Recorder:
         """Random actions; returns the recorder itself, stacked."""
         rng = np.random.default_rng(seed)
         for _ in range(steps):
-            self.step(rng.integers(self.envs.num_actions, size=len(self.envs.resets)))
+            self.step(rng.integers(self.envs.num_actions, size=len(self.envs.resets), dtype=np.int32))
         return self.stack()
 
     def stack(self) -> "Recorder":

@@ -60,13 +60,6 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> No
         time.sleep(0.001)
 
 
-def wait_for_checkpoint(process: subprocess.Popen, run_dir: Path, newer_than: int = 0) -> int:
-    """Wait for a checkpoint.pt newer than a time in ns; returns the time of the one found."""
-    path = run_dir / "checkpoint.pt"
-    wait_until(lambda: path.exists() and path.stat().st_mtime_ns > newer_than, process)
-    return path.stat().st_mtime_ns
-
-
 def call_main(script: ModuleType, arguments: list[str]) -> int:
     """Run what stands at the end of a script in this process and in the working folder; returns the exit status.
 

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,6 @@ from running import (
     read_scalars,
     resume,
     start,
-    wait_for_checkpoint,
     wait_until,
 )
 
@@ -199,6 +199,13 @@ def test_file_from_elsewhere_is_refused(
     assert line.startswith("ppo_snd_atari: runs/run/checkpoint.pt is not a checkpoint of ppo_snd_atari: ")
     assert RND in line or make is not FILES["another script's"]
     assert [*tmp_path.iterdir()] == [tmp_path / "runs"] and [*RUN.iterdir()] == [path]
+
+
+def wait_for_checkpoint(process: subprocess.Popen, run_dir: Path, newer_than: int) -> int:
+    """Wait for a checkpoint.pt newer than a time in ns; returns the time of the one found."""
+    path = run_dir / "checkpoint.pt"
+    wait_until(lambda: path.exists() and path.stat().st_mtime_ns > newer_than, process)
+    return path.stat().st_mtime_ns
 
 
 def kill_many_times(script: str, kills: int, folder: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import RND, make_args, num_heads
+from conftest import ENTROPY, RND, make_args
 from torch import Tensor
 
 from models import ActorCritic, SelfAttention, make_entropy_encoder, make_predictor, make_target
@@ -155,7 +155,8 @@ def test_novelty_networks(network: type[nn.Module]) -> None:
 
 def test_learner(script: object) -> None:
     """The flags reach their layers; the heads of each script; only RND's target never learns; one optimiser each."""
-    heads, args = num_heads(script), make_args(script, actor_hidden_gain=1.5, critic_hidden_gain=0.7, learning_rate=0.3)
+    args = make_args(script, actor_hidden_gain=1.5, critic_hidden_gain=0.7, learning_rate=0.3)
+    heads = 3 if script.__name__ == ENTROPY else 2
     learner = script.Learner(args, 5, torch.device("cpu"))
     check_orthogonal(learner.agent.actor_hidden, 1.5)
     check_orthogonal(learner.agent.critic_hidden, 0.7)

@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ENTROPY, RND, ROOT, SCRIPTS, SND, make_args, reward_and_estimate, run_script, update
+from conftest import ENTROPY, RND, ROOT, SCRIPTS, SND, make_args, run_script, update
 from running import BATCH, RUN, assert_equal, call_main, error_line, flags, read_checkpoint, read_events, read_scalars
 
 FLAGS = set(re.findall(r"\S+", """
@@ -82,25 +82,27 @@ def test_hyperparameters(run: SimpleNamespace) -> None:
 
 def test_what_is_learned_is_logged_and_saved(run: SimpleNamespace) -> None:
     """Each iteration once more from its rollout, step by step: the same numbers, and in the end the same learner."""
-    script, learner, ring = run.script, run.seen[0].learner, None
+    script, learner, args = run.script, run.seen[0].learner, run.seen[0].args
+    ring = script.FeatureRing(args.entropy_buffer_size) if script.__name__ == ENTROPY else None
     for i, one in enumerate(run.seen):
         torch.set_rng_state(one.random)
-        rollout, expected = one.rollout, {}
-        assert not rollout.valid.all()
+        rollout, valid = one.rollout, one.rollout.valid
+        assert not valid.all()
+        script.update_obs_stats(learner.obs_stats, rollout)
+        novelty, features = script.intrinsic_rewards(learner, rollout, args), []
+        if script.__name__ == RND:
+            novelty, *features = novelty
+        streams = [novelty]
+        expected = {"charts/intrinsic_reward": novelty[valid].mean(), "charts/learning_rate": 1e-4}
+        expected["charts/intrinsic_reward_std"] = novelty[valid].std(correction=0)
         if script.__name__ == ENTROPY:
-            ring = ring or script.FeatureRing(one.args.entropy_buffer_size)
-            rewards = script.entropy_rewards(learner, rollout, copy.deepcopy(ring), one.args)
-            expected["charts/entropy_reward"] = rewards[rollout.valid].mean()
-        inputs = reward_and_estimate(script, learner, rollout, one.args, ring)
-        rewards = script.intrinsic_rewards(learner, rollout, one.args)
-        rewards = (rewards[0] if script.__name__ == RND else rewards)[rollout.valid]
-        expected["charts/intrinsic_reward"] = rewards.mean()
-        expected["charts/intrinsic_reward_std"] = rewards.std(correction=0)
-        expected["losses/explained_variance"] = script.explained_variance(rollout, *inputs[:2], one.args)
-        losses = update(script, learner, rollout, inputs, one.args)
+            streams.append(script.entropy_rewards(learner, rollout, ring, args))
+            expected["charts/entropy_reward"] = streams[1][valid].mean()
+        advantages, returns = script.estimate_advantages(rollout, *streams, args)
+        expected["losses/explained_variance"] = script.explained_variance(rollout, advantages, returns, args)
+        losses = update(script, learner, rollout, (advantages, returns, *features), args)
         expected |= {f"losses/{name}": loss for name, loss in losses.items()}
         expected |= dict(zip(["charts/episodic_return", "charts/episodic_length"], np.mean(one.games, 0), strict=True))
-        expected["charts/learning_rate"] = 1e-4
         assert expected.keys() == run.scalars.keys() - {"charts/SPS", "charts/explored_rooms"}
         logged = {tag: run.scalars[tag][i][1] for tag in expected}
         assert logged == pytest.approx({tag: float(value) for tag, value in expected.items()})
@@ -112,14 +114,15 @@ def test_redirected_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (copied := tmp_path / "mine").mkdir()
     shutil.copy(ROOT / f"{SND}.py", copied / "my_idea.py")
     shutil.copy(ROOT / "models.py", copied)
-    process = run_script(SND, flags(2), tmp_path)
-    run_script(copied / "my_idea.py", flags(2), copied).check_returncode()
+    arguments = flags(2, "--total-timesteps", "6.4e1")
+    process = run_script(SND, arguments, tmp_path)
+    run_script(copied / "my_idea.py", arguments, copied).check_returncode()
     assert read_scalars(copied / RUN, speed=False) == read_scalars(tmp_path / RUN, speed=False)
 
     first, hint, statistics, *progress, finished, curves, watch = process.stdout.splitlines()
     assert (process.returncode, process.stderr) == (0, "")
     assert first == "runs/run: MontezumaRevenge, 2 iterations of 32 steps on cpu"
-    assert hint.startswith("hint: on a CPU try --model A --num-envs 32")
+    assert "on a CPU" in hint and "--model A --num-envs 32" in hint
     assert statistics == "frame statistics: 2 random steps of each game"
     numbers = r" \| [\d,]+ steps/s \| \d:\d\d:\d\d left \| return - \| rooms 1 \| r_int \d\.\d{4}"
     assert progress[0] == "0 / 64 steps | playing"
@@ -169,13 +172,6 @@ def test_help(script: ModuleType, capsys: pytest.CaptureFixture) -> None:
     assert named >= FLAGS | (ENTROPY_FLAGS if script.__name__ == ENTROPY else set())
 
 
-def test_steps_in_scientific_notation(snd: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--total-timesteps 1e6 is a whole number."""
-    monkeypatch.setattr(sys, "argv", ["x", "--total-timesteps", "1e6"])
-    args, checkpoint = snd.parse_args()
-    assert args.total_timesteps == 1_000_000 and isinstance(args.total_timesteps, int) and checkpoint is None
-
-
 def test_progress(snd: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A resumed run's rate is that of the steps since then, and tells the time left; the return is a mean."""
     progress = snd.Progress(make_args(snd, total_timesteps=1_000_000), 600_000)
@@ -186,6 +182,10 @@ def test_progress(snd: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().out == f"{numbers} | saving\n"
     progress.show("playing")  # in the same half minute
     assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "20")  # a line that wraps could not be rewritten
+    progress.show("playing")
+    assert re.fullmatch(r"\r.{19}\x1b\[K", capsys.readouterr().out)
 
 
 REFUSED = dict(seed=[-1], num_envs=[0, -1], num_steps=[1], num_minibatches=[0, 3, 64], update_epochs=[0])
@@ -247,26 +247,18 @@ def test_bad_input(snd: ModuleType, refused: object, given: list[str], words: st
 
 
 @pytest.mark.parametrize(
-    ("backend", "module"), [("envpool", "envpool.atari.registration"), ("gymnasium", "ale_py.roms")]
+    ("module", "given"),
+    [
+        ("envpool.atari.registration", ["--env-backend", "envpool"]),
+        ("ale_py.roms", ["--env-backend", "gymnasium"]),
+        ("wandb", ["--track"]),
+    ],
 )
-def test_missing_backend(
-    snd: ModuleType, refused: object, monkeypatch: pytest.MonkeyPatch, backend: str, module: str
+def test_missing_package(
+    snd: ModuleType, refused: object, monkeypatch: pytest.MonkeyPatch, module: str, given: list[str]
 ) -> None:
-    """A backend that is not installed: the line has the pip command."""
-    monkeypatch.setitem(sys.modules, module, None)
-    message = refused(snd, "--env-backend", backend)
-    assert message.count("\n") == 1 and f"--env-backend {backend}" in message and "pip install" in message
-
-
-def test_missing_wandb(snd: ModuleType, refused: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--track without wandb."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    message = refused(snd, "--track")
-    assert message.count("\n") == 1 and "pip install wandb" in message
-
-
-@pytest.mark.parametrize("given", [["--model", "E"], ["--env-backend", "ale"], ["--num-envs", "x"], ["--no-such", "1"]])
-def test_usage_errors(snd: ModuleType, refused: object, given: list[str]) -> None:
-    """What tyro itself refuses: its message names the flag or the value."""
+    """The line has the flag that needs it and the pip command."""
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     message = refused(snd, *given)
-    assert given[0] in message or given[1] in message
+    assert message.count("\n") == 1 and message.startswith(f"ppo_snd_atari: {' '.join(given)}")
+    assert re.search(rf"pip install .*\b{module.split('.')[0].replace('_', '-')}\b", message)
