@@ -936,7 +936,10 @@ if __name__ == "__main__":
         fail("stopped before training began; nothing was written", status=130)
     except OSError as error:
         fail(str(error), status=1)
-    except RuntimeError as error:  # CUDA graphs, cuBLAS and CPUs run out of memory under names of their own
-        if not re.search("out of memory|ALLOC_FAILED|allocate memory|failed writing", f"{error} {error.__context__}"):
-            raise
-        fail(f"out of memory or disk; the last checkpoint stays, try fewer --num-envs: {one_line(error)}", status=1)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error.__context__, OSError):  # torch.save on a full disk
+            fail(str(error.__context__), status=1)
+        # CUDA graphs, cuBLAS and CPUs run out of memory under names of their own.
+        if re.search("out of memory|ALLOC_FAILED|allocate memory|bad_alloc", f"{error} {error.__context__}"):
+            fail("out of memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)
+        raise

@@ -120,7 +120,7 @@ def choose_actions(module: ModuleType, learner: Any, args: Any, obs: torch.Tenso
 
 @torch.no_grad()
 def intrinsic_rewards(module: ModuleType, learner: Any, args: Any, obs: torch.Tensor) -> np.ndarray:
-    """The novelty (batch,) of obs (batch, 4, 96, 96) uint8 as the run pays it; nan if a copied script has another kind."""
+    """The novelty (batch,) of obs (batch, 4, 96, 96) uint8 as the run pays it; nan if a copied script has another."""
     if not (hasattr(learner, "target") and hasattr(learner, "predictor")):
         return np.full(len(obs), np.nan)
     x = module.novelty_input(obs, learner.obs_stats, args.norm_obs)

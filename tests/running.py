@@ -151,9 +151,5 @@ def assert_equal(a: object, b: object, where: str = "checkpoint") -> None:
         assert a.keys() == b.keys(), where
         for key in a:
             assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
-            assert_equal(left, right, f"{where}/{i}")
     else:
         assert a == b, where

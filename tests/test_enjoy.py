@@ -86,13 +86,6 @@ def test_a_game_has_the_runs_protocol_and_is_filmed_in_colour(breakout: Path, ep
     assert not np.array_equal(film[1][210:], film[-1][210:])
 
 
-def test_a_game_ends_where_the_runs_would(breakout: Path, monkeypatch: pytest.MonkeyPatch):
-    module, args, learner = load(breakout, 4)
-    assert enjoy.play(module, args, learner, 1, False, 9, None).length == 9
-    monkeypatch.setattr(module, "MAX_EPISODE_STEPS", 20)
-    assert enjoy.play(module, args, learner, 1, False, 100, None).length == 20
-
-
 def test_the_intrinsic_reward_is_the_scripts_own(private_eye: Path):
     module, args, learner = load(private_eye, 18)
     obs = torch.from_numpy(enjoy.make_envs(module, args, 1).next_obs[0])
@@ -151,8 +144,8 @@ def test_a_copied_script_plays_with_script(breakout: Path, tmp_path: Path, capsy
     assert "written by my_snd.py" in error_of(capsys, *arguments)
     enjoy.main([*map(str, arguments), "--script", str(copy)])
     assert "Breakout, my_snd, step 1,280" in capsys.readouterr().out
-    runs = enjoy.load_runs([breakout, run], [copy]).values()  # the project's own beside it
-    assert [Path(module.__file__) for module, _, _ in runs] == [ROOT / f"{SND}.py", copy]
+    modules = [module for module, _, _ in enjoy.load_runs([breakout, run], [copy]).values()]
+    assert [Path(module.__file__) for module in modules] == [ROOT / f"{SND}.py", copy]
     assert "no checkpoint was written by" in error_of(capsys, breakout, "--script", copy)
 
 

@@ -23,28 +23,24 @@ from conftest import ROOT, SCRIPTS, SND, STARTED
 from run import Run, SlurmRun, share_of_cores
 from running import BATCH, PATIENCE, TINY, assert_whole_curve, read_checkpoint, wait_until
 
+RUNNER = [sys.executable, str(ROOT / "benchmark/run.py")]
 ONE = ["--env-ids", "PitfallNoFrameskip-v4", "--num-seeds", "1"]
 # One thread, for cores that other tests share.
 TRAIN = ["--commands", "m", f"env OMP_NUM_THREADS=1 {sys.executable} {ROOT / SND}.py", *ONE]
 RUN_DIR, LOG = Path("runs/m/Pitfall/seed_1"), Path("runs/m/Pitfall/seed_1.log")
 
 
-def words(*arguments: str) -> list[str]:
-    """A command line of the runner."""
-    return [sys.executable, str(ROOT / "benchmark/run.py"), *arguments]
-
-
 def run(cwd: Path, *arguments: str, command: list[str] | None = None, **env: str) -> subprocess.CompletedProcess:
     """Run the runner (or another command) to its end in a folder of its own."""
     options = dict(cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=2 * PATIENCE)
-    return subprocess.run(command or words(*arguments), **options)
+    return subprocess.run(command or [*RUNNER, *arguments], **options)
 
 
 def start(cwd: Path, *arguments: str, **changes: object) -> subprocess.Popen:
     """Start the runner in a process group of its own, open to SIGHUP also where the tests run under nohup."""
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = dict(cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     options["preexec_fn"] = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
-    STARTED.append(subprocess.Popen(words(*arguments), cwd=cwd, start_new_session=True, **(options | changes)))
+    STARTED.append(subprocess.Popen([*RUNNER, *arguments], **(options | changes)))
     return STARTED[-1]
 
 
@@ -82,7 +78,6 @@ def test_runs_are_commands_times_games_times_seeds(tmp_path: Path):
         (["a", "python 'x"], ["Pitfall-v5"], "No closing quotation"),
         (["a", ""], ["Pitfall-v5"], "the command is empty"),
         (["../a", "x"], ["Pitfall-v5"], "'../a'"),
-        (["a", "x"], ["../Pitfall-v5"], "'../Pitfall-v5'"),
         (["a", "x"], ["Pitfall-v5", "ALE/Pitfall-v5"], "a in Pitfall is given twice"),
         (["a", "x"], ["Pitfall-v5", "--workers", "0"], "--workers 0"),
         (["a", "x"], [], "--env-ids"),
@@ -118,10 +113,10 @@ snd_entropy_tuned_without_reward {NO_REWARD} {TUNED}
 """
 # The source's rows and our choices for them, as flags beside --model; and which of them a file runs.
 METHODS = dict(line.split(" ", 1) for line in METHODS.strip().split("\n"))
-ROWS = dict(montezuma_rnd="rnd_[a-d].", montezuma_snd="snd_c.", montezuma_snd_entropy="snd_entropy_c0")
-ROWS |= dict.fromkeys(["breakout_without_reward", "pacman_without_reward"], ".*_without_reward")
-GAMES = ["montezuma", "gravitar", "venture", "pitfall", "private_eye", "solaris"]
-ROWS |= dict.fromkeys(GAMES, "rnd_c0|snd_c4|snd_entropy_c0")
+ROWS = dict.fromkeys(["gravitar", "venture", "pitfall", "private_eye", "solaris"], "rnd_c0|snd_c4|snd_entropy_c0")
+ROWS |= dict(montezuma=ROWS["pitfall"], montezuma_rnd="rnd_[a-d].", montezuma_snd="snd_c.")
+ROWS |= dict(montezuma_snd_entropy="snd_entropy_c0", breakout_without_reward=".*_reward")
+ROWS |= dict(pacman_without_reward=".*_reward")
 GAME_OF = {"pacman": "MsPacman", "montezuma": "MontezumaRevenge", "private": "PrivateEye"}
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
@@ -132,10 +127,8 @@ def test_bash_runner(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     command = ["bash", f"{ROOT}/benchmark/{name}.sh", "--start-seed", "3", "--dry-run", "--", "--int-coef", "2"]
     result = run(tmp_path, command=command, SEEDS="2", TOTAL_TIMESTEPS="50000", PATH=PATH)
     game = name.split("_")[0]
-    game = GAME_OF.get(game, game.capitalize())
-    expected = []
-    methods = [method for method in METHODS if re.fullmatch(ROWS[name], method)]
-    for seed, method in itertools.product((3, 4), methods):
+    game, expected = GAME_OF.get(game, game.capitalize()), []
+    for seed, method in itertools.product((3, 4), (row for row in METHODS if re.fullmatch(ROWS[name], row))):
         script = next(script for script in reversed(SCRIPTS) if f"ppo_{method}".startswith(script[: -len("_atari")]))
         flags = f"--run-name ppo_{method}/{game}/seed_{seed} --env-id {game}NoFrameskip-v4 --seed {seed}"
         flags = f"--model {METHODS[method]} {flags} --total-timesteps 50000 --int-coef 2"
@@ -235,10 +228,9 @@ def test_runs_are_not_lost_with_the_screen(tmp_path: Path, loss: str):
 
 def test_second_signal_ends_a_run_that_does_not_stop(tmp_path: Path):
     """The first SIGTERM is passed on exactly once; the second signal goes to the run as well."""
-    stubborn = (
-        "import signal, time; n = []; signal.signal(15, lambda *_: (n.append(1), print(len(n), flush=True), n[1:] and"
-    )
-    stubborn += " exit(143))); print(0, flush=True); [time.sleep(0.1) for _ in range(2000)]"
+    stubborn = "import signal, time; i = iter((1, 2)); print(0, flush=True)"
+    handler = "lambda *_: print(n := next(i), flush=True) or n == 2 and exit(143)"
+    stubborn = stubborn.replace("print(0", f"signal.signal(15, {handler}); print(0") + "; time.sleep(200)"
     process = start(tmp_path, "--commands", "m", python(stubborn), *ONE)
     wait_until(lambda: lines_of(tmp_path / LOG) == ["0"], process)
     process.send_signal(signal.SIGTERM)
@@ -254,10 +246,8 @@ def test_second_signal_ends_a_run_that_does_not_stop(tmp_path: Path):
 
 
 def test_gpus_and_cores_are_shared_out(tmp_path: Path):
-    code = (
-        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'], os.sched_getaffinity(0))"
-    )
-    arguments = ["--commands", "m", python(code), *ONE[:-1], "4", "--workers", "4"]
+    shown = "os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'], os.sched_getaffinity(0)"
+    arguments = ["--commands", "m", python(f"import os; print({shown})"), *ONE[:-1], "4", "--workers", "4"]
     assert run(tmp_path, *arguments, CUDA_VISIBLE_DEVICES="5,7").returncode == 0
     for slot, gpu in enumerate("5757"):
         cores = share_of_cores(sorted(os.sched_getaffinity(0)), slot, 4)
@@ -384,13 +374,6 @@ def test_what_sbatch_is_asked_for(tmp_path: Path):
     (file,) = (tmp_path / "runs/slurm").glob("*.sh")
     wanted = {"account=my-group", "array=0-3%3", "cpus-per-task=5", "gpus-per-node=2", "mem=64G", "partition=p"}
     assert wanted | {"requeue", "time=77"} <= {line.removeprefix("#SBATCH --") for line in file.read_text().split("\n")}
-
-
-def test_threads_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    SlurmRun(Run("m", ["printenv", "OMP_NUM_THREADS"]))()
-    assert lines_of(Path("runs/m.log")) == ["3"]
 
 
 def test_warnings_before_a_time_limit():

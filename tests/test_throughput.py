@@ -10,8 +10,6 @@ import pytest
 import throughput
 from conftest import ENTROPY, RND, ROOT
 
-import ppo_rnd_atari
-
 TINY = ["--model", "A", "--num-envs", "2", "--num-steps", "4", "--num-minibatches", "1", "--update-epochs", "1"]
 
 
@@ -32,9 +30,7 @@ def test_measures_a_real_run(script: str, backend: str, tmp_path: Path) -> None:
     for parts in iterations:
         assert min(parts.values()) > 0, parts
         assert 2 * parts["total"] == pytest.approx(sum(parts.values()))
-    rollout = median(parts["environment"] + parts["inference"] for parts in iterations)
     assert rates["environments alone"] == pytest.approx(8 / median(figures["raw_environment_seconds"]))
-    assert rates["rollout alone"] == pytest.approx(8 / rollout)
     assert rates["update alone"] == pytest.approx(8 / median(parts["update"] for parts in iterations))
     assert rates["training"] < min(rates["rollout alone"], rates["update alone"])
     assert figures["training_to_raw_environment"] == pytest.approx(rates["training"] / rates["environments alone"])
@@ -48,13 +44,6 @@ def test_iteration_parts_against_hand_made_calls() -> None:
     calls += [("estimate_advantages", 18, 18.5), ("update", 18.5, 28.5), ("log", 29, 30)]
     expected = {"environment": 2, "inference": 3, "novelty rewards": 3, "advantages (GAE)": 0.5, "update": 10}
     assert throughput.iteration_parts(calls) == [expected | {"logging": 1, "rest": 0.5, "total": 20}]
-
-
-def test_clocks_are_taken_off_again() -> None:
-    before = ppo_rnd_atari.update, ppo_rnd_atari.AtariEnvs.recv
-    with throughput.timed(ppo_rnd_atari, [], waiting=False):
-        assert ppo_rnd_atari.update is not before[0] and ppo_rnd_atari.AtariEnvs.recv is not before[1]
-    assert (ppo_rnd_atari.update, ppo_rnd_atari.AtariEnvs.recv) == before
 
 
 @pytest.mark.parametrize("flags", [["--iterations", "1"], ["--out", ".."], ["--env-id", "Nope-v5"]])
