@@ -7,7 +7,6 @@ import pty
 import re
 import resource
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -196,7 +195,7 @@ def test_absurd_size(snd: ModuleType, folder: Path, capsys: pytest.CaptureFixtur
     """147 TB of frames, more than a processor can address: one line, and nothing is left behind."""
     assert call_main(snd, flags(1, "--num-steps", "1000000000", "--total-timesteps", "1e11")) == 1
     line = error_line(capsys)
-    assert "out of memory" in line and "try fewer --num-envs" in line
+    assert "out of memory" in line and "lower --num-envs" in line
     assert not list(folder.iterdir())
 
 
