@@ -847,8 +847,8 @@ class Progress:
         self.numbers += f"{f' | rooms {len(rooms)}' if rooms else ''} | r_int {int_reward:.4f}"
 
     def show(self, doing: str, final: bool = False) -> None:
-        """Print the numbers and what is being done."""
-        line, end = f"{self.numbers} | {doing}", "\n"
+        """Print what is being done and the numbers."""
+        line, end = f"{doing} | {self.numbers}", "\n"
         if sys.stdout.isatty():
             line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
             line, end = f"\r{line}\x1b[K", "\n" if final else ""
@@ -981,6 +981,7 @@ if __name__ == "__main__":
         if isinstance(error.__context__, OSError):  # torch.save on a full disk
             fail(str(error.__context__), status=1)
         # CUDA graphs, cuBLAS and CPUs run out of memory under names of their own.
-        if re.search("out of memory|ALLOC_FAILED|allocate memory|bad_alloc", f"{error} {error.__context__}"):
+        no_memory = re.search("out of memory|ALLOC_FAILED|allocate memory", f"{error} {error.__context__}")
+        if no_memory or isinstance(error, MemoryError):
             fail("out of memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)
         raise

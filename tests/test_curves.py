@@ -1,6 +1,5 @@
 """benchmark/curves.py on real runs, and on event files of TensorBoard's own writer with known numbers."""
 
-import os
 import re
 import subprocess
 import sys
@@ -39,14 +38,12 @@ def test_real_runs_become_figures_a_table_and_a_csv(tmp_path: Path, capsys: pyte
     curves.main([str(run.parents[1]), "--output", str(tmp_path), "--window", str(BATCH), "--at", "1e3", "1e6"])
     for metric in ("score", "intrinsic_reward"):
         assert image.imread(tmp_path / f"Breakout_{metric}.png").std() > 0.01
-        assert "agent steps" in (tmp_path / f"Breakout_{metric}.svg").read_text()
+        assert (tmp_path / f"Breakout_{metric}.svg").exists()
     assert not (tmp_path / "Breakout_explored_rooms.png").exists()  # Breakout has no rooms
     table = pd.read_csv(tmp_path / "curves.csv")
     assert table["agent_steps"].tolist() == [BATCH * (i + 1) for i in range(5)]
-    assert set(table["method"]) == {"ppo_snd_atari"}
-    assert (table["intrinsic_reward"] > 0).all() and table["score"].dropna().between(0, 100).all()
-    printed = capsys.readouterr()
-    assert "ppo_snd_atari" in printed.out and not printed.err
+    assert set(table["method"]) == {"ppo_snd_atari"} and (table["intrinsic_reward"] > 0).all()
+    assert "| ppo_snd_atari |" in capsys.readouterr().out
 
 
 def test_what_a_resumed_run_did_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -133,8 +130,8 @@ def test_the_results_page_shows_what_its_raw_curves_hold(game: str, methods: int
     lines = page.replace("\\\n", " ").splitlines()
     pattern = rf"python benchmark/curves.py +benchmark/results/{game}"
     (command,) = [line for line in lines if re.match(pattern, line, re.I)]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    subprocess.run(["bash", "-c", f"{command} --output {tmp_path}"], cwd=ROOT, env=environment, check=True)
+    command = f"PATH={Path(sys.executable).parent}:$PATH; {command} --output {tmp_path}"
+    subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)
     score = (tmp_path / "table.md").read_text().split("score**")[1].split("**")[0]
     rows = [line for line in score.splitlines() if line.startswith("| ") and not line.startswith("| method")]
     assert len(rows) == methods
@@ -155,24 +152,15 @@ def test_a_csv_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert [run.method for run in curves.read_csv(tmp_path / "c.csv", "c")] == ["c"]
 
 
-@pytest.mark.parametrize(
-    ("last", "spacing", "window"), [(128_000_000, 16_384, 10**6), (970_000, 4096, 20_000), (64, 32, 40)]
-)
-def test_default_window(last: int, spacing: int, window: int):
-    assert curves.default_window([curves.Run("Venture", "a", 1, Path(), {}, last, spacing)]) == window
+def test_default_window():
+    for last, spacing, window in [(128_000_000, 16_384, 10**6), (970_000, 4096, 20_000), (64, 32, 40)]:
+        assert curves.default_window([curves.Run("Venture", "a", 1, Path(), {}, last, spacing)]) == window
 
 
-@pytest.mark.parametrize(
-    ("folder", "method"),
-    [
-        ("runs/ppo_snd_c4/Venture/seed_3", "ppo_snd_c4"),
-        ("runs/Venture/ppo_snd_c4/3", "ppo_snd_c4"),
-        ("runs/ppo_snd_c4_seed_3", "ppo_snd_c4"),
-        ("runs/Venture__ppo_snd_atari__3__1700000000", "ppo_snd_atari"),
-    ],
-)
-def test_a_folder_tells_the_method(folder: str, method: str):
-    assert curves.method_of(Path(folder), "Venture") == method
+def test_a_folder_tells_the_method():
+    for folder in ("ppo_snd_c4/Venture/seed_3", "Venture/ppo_snd_c4/3", "ppo_snd_c4_seed_3"):
+        assert curves.method_of(Path("runs", folder), "Venture") == "ppo_snd_c4"
+    assert curves.method_of(Path("runs/Venture__ppo_snd_atari__3__1700000000"), "Venture") == "ppo_snd_atari"
 
 
 def test_a_damaged_file_keeps_its_records_before_the_damage(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -191,31 +179,31 @@ def test_a_damaged_file_keeps_its_records_before_the_damage(tmp_path: Path, caps
 
 
 def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    refused = partial(error_of, capsys)
     (tmp_path / "empty").mkdir()
-    assert "no runs found" in error_of(capsys, tmp_path / "empty")
-    assert "no runs found" in error_of(capsys, "--runs", f"SND={tmp_path}/nothing/*")
-    assert "METHOD=PATH" in error_of(capsys, "--runs", tmp_path)
-    assert "no runs given" in error_of(capsys)
-    assert "inf is no number of agent steps" in error_of(capsys, tmp_path, "--window", "inf")
-
+    assert "no runs found" in refused(tmp_path / "empty")
+    assert "no runs found" in refused("--runs", f"SND={tmp_path}/nothing/*")
+    assert "METHOD=PATH" in refused("--runs", tmp_path)
+    assert "no runs given" in refused()
+    assert "inf is no number of agent steps" in refused(tmp_path, "--window", "inf")
     with SummaryWriter(str(tmp_path / "foreign")) as writer:
         writer.add_scalar("loss", 1.0, 1)
-    assert "hyperparameters/text_summary" in error_of(capsys, tmp_path / "foreign")
-    assert "no charts/intrinsic_reward" in error_of(capsys, write_run(tmp_path / "young", {}))
+    assert "hyperparameters/text_summary" in refused(tmp_path / "foreign")
+    assert "no charts/intrinsic_reward" in refused(write_run(tmp_path / "young", {}))
 
     write_run(tmp_path / "mixed")
     write_run(tmp_path / "mixed", env_id="ALE/Pitfall-v5", resumed_at=100)
-    assert "several games" in error_of(capsys, tmp_path / "mixed")
+    assert "several games" in refused(tmp_path / "mixed")
 
     write_run(tmp_path / "twice/x/seed_1")
     (tmp_path / "other.csv").write_text("game,method,seed,agent_steps,score\nventure,x,1,100,3\nventure,x,1,200,3\n")
-    assert "twice" in error_of(capsys, tmp_path / "twice", "--runs", f"x={tmp_path}/other.csv")
+    assert "twice" in refused(tmp_path / "twice", "--runs", f"x={tmp_path}/other.csv")
 
-    write_run(tmp_path / "differ/x/seed_1", model="A")
-    write_run(tmp_path / "differ/x/seed_2", seed=2, model="C")
-    assert "differ in model" in error_of(capsys, tmp_path / "differ")
+    for seed, model in ((1, "A"), (2, "C")):
+        write_run(tmp_path / f"differ/x/seed_{seed}", seed=seed, model=model)
+    assert "differ in model" in refused(tmp_path / "differ")
 
     (tmp_path / "bad.csv").write_text("game,method,seed,agent_steps,score\nVenture,x,1,-1,2\n")
-    assert "agent_steps must be at least 0" in error_of(capsys, tmp_path / "bad.csv")
+    assert "agent_steps must be at least 0" in refused(tmp_path / "bad.csv")
     (tmp_path / "bad.csv").write_text("game,method\nVenture,x\n")
-    assert "no column seed, agent_steps" in error_of(capsys, tmp_path / "bad.csv")
+    assert "no column seed, agent_steps" in refused(tmp_path / "bad.csv")

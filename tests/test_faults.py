@@ -69,17 +69,17 @@ def test_live_line_and_ctrl_c(folder: Path) -> None:
     assert end == f"stopped at step {last:,}; go on with: python {ROOT / ENTROPY}.py --resume runs/run\n"
     numbers = r"([\d,]+) / 1,000,000,000 steps"
     more = r" \| [\d,]+ steps/s \| [\w ,:]+ left \| return - \| rooms 1 \| r_int \d\.\d{4}"
-    shown = [re.fullmatch(rf"{numbers}(?:{more})? \| (\w+)\x1b\[K", line).groups() for line in [*lines, last_line]]
+    shown = [re.fullmatch(rf"(\w+) \| {numbers}(?:{more})?\x1b\[K", line).groups() for line in [*lines, last_line]]
     steps = [f"{step:,}" for step in range(0, last, BATCH)]
-    expected = [(step, doing) for step in steps for doing in ("playing", "learning")]
-    assert shown == [*expected, (f"{last:,}", "saving")]
+    expected = [(doing, step) for step in steps for doing in ("playing", "learning")]
+    assert shown == [*expected, ("saving", f"{last:,}")]
     assert_whole_curve(RUN, last // BATCH)
 
 
 def test_second_ctrl_c_leaves_at_once(folder: Path) -> None:
     """In the middle of an iteration, in which the first was answered; the old checkpoint stays as it is."""
     process = start(SND, flags(1, *ENDLESS, "--num-envs", "1", "--num-steps", "100000"), folder)
-    assert any("0 / 1,000,000,000 steps | playing" in line for line in process.stdout)
+    assert any("playing | 0 / 1,000,000,000 steps" in line for line in process.stdout)
     before = (RUN / "checkpoint.pt").read_bytes()
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() + process.stderr.readline() == f"\n{STOPPING}\n"

@@ -40,18 +40,16 @@ def test_two_runs_see_the_same_states(runs: dict[str, Path], tmp_path: Path, cap
     arguments = ["--states", "150", "--every", "12", "--games", "4", "--random-actions", "0.2"]
     features.main([str(runs["rnd"]), str(runs["snd"]), *arguments, "--output", str(tmp_path / "out")])
     record = json.loads((tmp_path / "out.json").read_text())
-    assert (record["game"], record["states"]) == ("PrivateEye", 150)
-    assert record["policy"] == str(runs["snd"])  # the last run
-    assert [label.split(",")[0] for label in record["runs"]] == ["ppo_rnd_atari", "ppo_snd_atari"]
+    assert (record["game"], record["states"], record["policy"]) == ("PrivateEye", 150, str(runs["snd"]))  # the last run
+    assert list(record["runs"]) == [f"ppo_{name}_atari, seed 1, 512 steps" for name in runs]
     rnd, snd = record["runs"].values()
     assert rnd["room_purity_by_chance"] == snd["room_purity_by_chance"] < rnd["room_purity"] <= 1
     assert 0 < rnd["spread_in_rooms"] < 1 and rnd["spread_in_rooms"] != snd["spread_in_rooms"]
-    assert image.imread(tmp_path / "out.png").std() > 0.01 and (tmp_path / "out.svg").stat().st_size > 1000
-    assert "| ppo_snd_atari, seed 1, 512 steps |" in (tmp_path / "out.md").read_text()
     assert rnd["intrinsic_reward"].keys() == snd["intrinsic_reward"].keys()
     assert len(set(snd["intrinsic_reward"].values())) > 1  # RND's are all at the clip
-    assert all(0 < reward <= 1 for run in (rnd, snd) for reward in run["intrinsic_reward"].values())
-    assert (tmp_path / "out.md").read_text() in capsys.readouterr().out
+    assert image.imread(tmp_path / "out.png").std() > 0.01 and (tmp_path / "out.svg").stat().st_size > 1000
+    text = (tmp_path / "out.md").read_text()
+    assert "| ppo_snd_atari, seed 1, 512 steps |" in text and text in capsys.readouterr().out
 
 
 def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
@@ -64,16 +62,6 @@ def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
         envs.send(0, rng.integers(envs.num_actions, size=1).astype(np.int32))
         envs.recv(0)
     assert np.array_equal(collect(module, learner, args, 15, 4, 1.0)[0], states[3::4])
-
-
-def test_random_actions_come_in_their_share(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
-    module, learner, args = load(runs["snd"], 4)
-    with torch.no_grad():
-        learner.agent.logits.bias[5] += 100  # the policy's only action
-    played, send = [], module.AtariEnvs.send
-    monkeypatch.setattr(module.AtariEnvs, "send", lambda *to: played.append(to[-1]) or send(*to))
-    collect(module, learner, args, 400, 1, 0.25)
-    assert (np.stack(played) != 5).mean() == pytest.approx(0.25 * 17 / 18, abs=0.08)
 
 
 def test_look_against_plain_arithmetic(runs: dict[str, Path]):

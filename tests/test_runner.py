@@ -121,14 +121,14 @@ GAME_OF = {"pacman": "MsPacman", "montezuma": "MontezumaRevenge", "private": "Pr
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_bash_runner(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmark/*.sh")), ids=lambda path: path.stem)
+def test_bash_runner(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each prints the source's rows, which its scripts accept, and heeds SEEDS, TOTAL_TIMESTEPS and flags."""
-    command = ["bash", f"{ROOT}/benchmark/{name}.sh", "--start-seed", "3", "--dry-run", "--", "--int-coef", "2"]
+    command = ["bash", str(path), "--start-seed", "3", "--dry-run", "--", "--int-coef", "2"]
     result = run(tmp_path, command=command, SEEDS="2", TOTAL_TIMESTEPS="50000", PATH=PATH)
-    game = name.split("_")[0]
+    game = path.stem.split("_")[0]
     game, expected = GAME_OF.get(game, game.capitalize()), []
-    for seed, method in itertools.product((3, 4), (row for row in METHODS if re.fullmatch(ROWS[name], row))):
+    for seed, method in itertools.product((3, 4), (row for row in METHODS if re.fullmatch(ROWS[path.stem], row))):
         script = next(script for script in reversed(SCRIPTS) if f"ppo_{method}".startswith(script[: -len("_atari")]))
         flags = f"--run-name ppo_{method}/{game}/seed_{seed} --env-id {game}NoFrameskip-v4 --seed {seed}"
         flags = f"--model {METHODS[method]} {flags} --total-timesteps 50000 --int-coef 2"
@@ -136,21 +136,6 @@ def test_bash_runner(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "argv", [script, *flags.split()])
         assert importlib.import_module(script).parse_args()[0].int_coef == 2
     assert (result.returncode, result.stdout.splitlines(), result.stderr) == (0, expected, "")
-
-
-def test_a_copy_of_the_project_trains(tmp_path: Path):
-    """Its bash files run as they are, from any folder, here with a tiny budget."""
-    assert {path.stem for path in (ROOT / "benchmark").glob("*.sh")} == set(ROWS)
-    for path in [*ROOT.glob("ppo_*_atari.py"), ROOT / "models.py"]:
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=shutil.ignore_patterns("__pycache__", "results"))
-    (tmp_path / "elsewhere").mkdir()
-    env = dict(PATH=PATH, SEEDS="1", WORKERS="2", TOTAL_TIMESTEPS=str(2 * BATCH))
-    command = ["bash", "../benchmark/montezuma_snd_entropy.sh", "--", *TINY]
-    result = run(tmp_path / "elsewhere", command=command, **env)
-    assert result.returncode == 0, result.stdout + result.stderr
-    saved = read_checkpoint(tmp_path / "runs/ppo_snd_entropy_c0/MontezumaRevenge/seed_1")
-    assert (saved["script"], saved["counters"]["global_step"]) == ("ppo_snd_entropy_atari", 2 * BATCH)
 
 
 # ---- Outcomes ----
@@ -164,8 +149,8 @@ def test_failures_are_reported(tmp_path: Path, slurm: bool, request: pytest.Fixt
     result = run(tmp_path, "--commands", *commands, *ONE, *(SLURM_FLAGS if slurm else []))
     assert result.returncode == 1, result.stdout + result.stderr
     assert "finished  good/Pitfall/seed_1\n" in result.stdout
-    why = r"bad/Pitfall/seed_1: (exit status 1: )?ValueError: 345 \(log runs/bad/Pitfall/seed_1.log\)\n"
-    assert re.search(f"failed    {why}", result.stdout)
+    why = r"(exit status 1: )?ValueError: 345 \(log runs/bad/Pitfall/seed_1.log\)\n"
+    assert re.search(f"failed    bad/Pitfall/seed_1: {why}", result.stdout)
     assert re.search("failed    none/Pitfall/seed_1: .*no-such-program", result.stdout)
     assert result.stdout.splitlines()[-1] == "3 runs: 1 finished, 2 failed"
     assert lines_of(tmp_path / "runs/good/Pitfall/seed_1.log") == ["1"]
@@ -178,9 +163,8 @@ def test_finished_runs_are_skipped_and_a_larger_budget_goes_on(tmp_path: Path):
         assert result.returncode == 0, result.stdout + result.stderr
         outcomes.append(result.stdout.splitlines()[-1])
     assert outcomes == ["1 run: 1 finished", "1 run: 1 skipped", "1 run: 1 finished"]
-    saved = read_checkpoint(tmp_path / RUN_DIR)
-    assert saved["counters"]["global_step"] == 4 * BATCH
-    assert (saved["args"]["gamma"], saved["args"]["ent_coef"]) == (0.9, 0.1)
+    saved = read_checkpoint(tmp_path / RUN_DIR)["args"]
+    assert (saved["gamma"], saved["ent_coef"]) == (0.9, 0.1)
     assert_whole_curve(tmp_path / RUN_DIR, 4)
     assert (tmp_path / LOG).read_text().count("$ ") == 3  # one log of all starts
 
@@ -228,9 +212,10 @@ def test_runs_are_not_lost_with_the_screen(tmp_path: Path, loss: str):
 
 def test_second_signal_ends_a_run_that_does_not_stop(tmp_path: Path):
     """The first SIGTERM is passed on exactly once; the second signal goes to the run as well."""
-    stubborn = "import signal, time; i = iter((1, 2)); print(0, flush=True)"
     handler = "lambda *_: print(n := next(i), flush=True) or n == 2 and exit(143)"
-    stubborn = stubborn.replace("print(0", f"signal.signal(15, {handler}); print(0") + "; time.sleep(200)"
+    stubborn = (
+        f"import signal, time; i = iter((1, 2)); signal.signal(15, {handler}); print(0, flush=True); time.sleep(99)"
+    )
     process = start(tmp_path, "--commands", "m", python(stubborn), *ONE)
     wait_until(lambda: lines_of(tmp_path / LOG) == ["0"], process)
     process.send_signal(signal.SIGTERM)
@@ -263,7 +248,6 @@ def test_share_of_cores(count: int, workers: int):
 
 # ---- SLURM ----
 
-SLURM_PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel"]
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -295,9 +279,8 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A real SLURM of one node on this machine: its own munge, controller and node daemon, ended afterwards."""
-    missing = [program for program in SLURM_PROGRAMS if not shutil.which(program)]
-    if missing or os.geteuid():
-        pytest.skip(f"needs root and SLURM (missing: {', '.join(missing)}): apt-get install slurm-wlm munge")
+    if os.geteuid() or not (shutil.which("slurmctld") and shutil.which("munged")):
+        pytest.skip("needs root and SLURM: apt-get install slurm-wlm munge")
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("state", "spool"):
         (folder / name).mkdir()
@@ -319,9 +302,8 @@ def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             yield
         finally:
             printed("scancel", "--user=root")
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and printed("squeue", "--noheader"):
-                time.sleep(0.5)
+            for _ in range(120):
+                time.sleep(0.5 if printed("squeue", "--noheader") else 0)
             for daemon in reversed(daemons):
                 daemon.terminate()
             for daemon in daemons:
@@ -367,13 +349,13 @@ def test_what_sbatch_is_asked_for(tmp_path: Path):
     for program in ("sbatch", "srun"):
         (tmp_path / program).symlink_to(shutil.which("false"))
     flags = "--slurm-minutes 77 --slurm-cpus 5 --slurm-gpus 2 --slurm-partition p --workers 3 --num-seeds 4"
-    options = ["--slurm-options", "account", "my-group", "mem", "64G"]
+    flags += " --slurm-options account my-group mem 64G"
     path = f"{tmp_path}:{os.environ['PATH']}"
-    result = run(tmp_path, "--commands", "a", "x", *ONE[:2], *flags.split(), *options, PATH=path)
+    result = run(tmp_path, "--commands", "a", "x", *ONE[:2], *flags.split(), PATH=path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     (file,) = (tmp_path / "runs/slurm").glob("*.sh")
-    wanted = {"account=my-group", "array=0-3%3", "cpus-per-task=5", "gpus-per-node=2", "mem=64G", "partition=p"}
-    assert wanted | {"requeue", "time=77"} <= {line.removeprefix("#SBATCH --") for line in file.read_text().split("\n")}
+    wanted = "account=my-group array=0-3%3 cpus-per-task=5 gpus-per-node=2 mem=64G partition=p requeue time=77"
+    assert {*wanted.split()} <= {line.removeprefix("#SBATCH --") for line in file.read_text().splitlines()}
 
 
 def test_warnings_before_a_time_limit():
@@ -396,20 +378,3 @@ def test_warnings_before_a_time_limit():
         assert job.process.wait() == 7
     finally:
         signal.signal(signal.SIGUSR2, before)
-
-
-@pytest.mark.usefixtures("slurm_daemons")
-def test_array_keeps_its_limit_and_outlives_the_watch(tmp_path: Path):
-    sleeper = python("import time; time.sleep(600)")
-    process = start(tmp_path, "--commands", "m", sleeper, *ONE[:-1], "3", *SLURM_FLAGS)
-    try:
-        wait_until((tmp_path / LOG).exists, process)  # SLURM has looked at the array, and has started what it may
-        running, pending = jobs_in_state("RUNNING"), jobs_in_state("PENDING")
-        assert (len(running), len(pending)) == (1, 2)  # --workers 1, though there is room for more
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 130
-        assert set(re.search("scancel (.*)", out)[1].split()) == {*running, *pending}
-        assert {*jobs_in_state("RUNNING,PENDING")} == {*running, *pending}
-    finally:
-        printed("scancel", "--user=root")
