@@ -35,6 +35,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import ale_py.roms
+import ale_py.vector_env
 import numpy as np
 import torch
 import torch.nn as nn
@@ -172,6 +174,8 @@ def check_args(args: Args) -> None:
         fail(f"--run-name {args.run_name!r}: must be a folder below runs/")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs Weights and Biases: pip install wandb")
+    if args.env_backend == "envpool" and not importlib.util.find_spec("envpool"):
+        fail("EnvPool is not installed: pip install envpool, or take --env-backend gymnasium")
     game_of(args)
 
 
@@ -196,23 +200,10 @@ def parse_args() -> tuple[Args, dict | None]:
 MAX_EPISODE_STEPS = 4500  # 18,000 emulator frames
 
 
-def rom_names(backend: str) -> dict[str, str]:
-    """{game: rom} of a backend, such as {"MontezumaRevenge": "montezuma_revenge"}; ImportError if it is missing."""
-    if backend == "envpool":
-        from envpool.atari.registration import atari_game_list as roms
-    else:
-        from ale_py.roms import get_all_rom_ids
-
-        roms = get_all_rom_ids()
-    return {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms}
-
-
 def game_of(args: Args) -> str:
-    """The game's name in EnvPool's spelling (MontezumaRevenge); exit status 2 if there is no such game or backend."""
-    try:
-        games = rom_names(args.env_backend)
-    except ImportError as error:
-        fail(f"--env-backend {args.env_backend}: {error}; pip install envpool or ale-py, or take the other backend")
+    """The game's name in EnvPool's spelling, such as MontezumaRevenge; exit status 2 if there is no such game."""
+    roms = set(ale_py.roms.get_all_rom_ids()) - {"combat", "joust", "maze_craze", "warlords"}  # these need two players
+    games = ["".join(word.capitalize() for word in rom.split("_")) for rom in roms]
     match = re.fullmatch(r"(\w+?)NoFrameskip-v4|(?:ALE/)?(\w+)-v5", args.env_id)
     name = match and (match[1] or match[2])
     if name in games:
@@ -236,11 +227,10 @@ def make_envs(args: Args, seed: int, num_envs: int) -> tuple[Any, np.ndarray, di
         options |= dict(seed=seed, max_episode_steps=MAX_EPISODE_STEPS, episodic_life=args.episodic_life)
         envs = envpool.make(f"{game_of(args)}-v5", env_type="gymnasium", **options)
         return envs, *envs.reset()
-    import ale_py.vector_env
-
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     options |= dict(max_num_frames_per_episode=4 * MAX_EPISODE_STEPS, reward_clipping=False)
-    envs = ale_py.vector_env.AtariVectorEnv(rom_names("gymnasium")[game_of(args)], **options)
+    rom = re.sub("(?<!^)[A-Z]", r"_\g<0>", game_of(args)).lower()
+    envs = ale_py.vector_env.AtariVectorEnv(rom, **options)
     return envs, *envs.reset(seed=seed)
 
 
@@ -274,6 +264,7 @@ class AtariEnvs:
     Attributes:
         groups: slices of the N games; some groups play while the network looks at another.
         next_obs: of each group, (size of the group, 4, 96, 96) uint8.
+        infos: of each group, what the backend told last: lives, on EnvPool ram (size of the group, 128) uint8.
         resets: (N,) bool, True where the next row is a reset row.
         rooms: ids of the rooms seen; empty where the game or the backend tells none.
         finished: (true score, agent steps) of each game that has ended; to be emptied by the reader.
@@ -284,18 +275,20 @@ class AtariEnvs:
         edges = np.linspace(0, n, min(n, num_groups) + 1).astype(int).tolist()
         self.groups = [slice(*edge) for edge in itertools.pairwise(edges)]
         made = [make_envs(args, seed + games.start, games.stop - games.start) for games in self.groups]
-        self.envs, self.next_obs, infos = map(list, zip(*made, strict=True))
+        self.envs, self.next_obs, self.infos = map(list, zip(*made, strict=True))
         self.num_actions = int(self.envs[0].single_action_space.n)
         self.resets = np.zeros(n, bool)
         self.scores, self.lengths, self.finished = np.zeros(n), np.zeros(n, int), []
         # EnvPool itself ends an episode at a lost life and goes on after a reset row; ALE would start a new game.
         self.watch_lives = args.episodic_life and args.env_backend == "gymnasium"
-        self.lives = np.concatenate([info["lives"] for info in infos])
-        self.rooms = set()
-        self.knows_rooms = self.game in ROOM_GAMES and args.env_backend == "envpool"
+        self.rooms, self.knows_rooms = set(), self.game in ROOM_GAMES and args.env_backend == "envpool"
+        for info in self.infos:
+            self.enter_rooms(info, info, np.ones(len(info["lives"]), bool))
+
+    def enter_rooms(self, info: dict, last: dict, first: np.ndarray) -> None:
+        """Remember the rooms of a group's games, from the backend's info, that of one step earlier, see rooms_of."""
         if self.knows_rooms:
-            self.ram = np.concatenate([info["ram"] for info in infos])
-            self.rooms = set(rooms_of(self.game, self.ram, self.ram, np.ones(n, bool)).tolist()) - {-1}
+            self.rooms |= set(rooms_of(self.game, info["ram"], last["ram"], first).tolist()) - {-1}
 
     def send(self, group: int, actions: np.ndarray) -> None:
         """Start a step of a group's games with actions (size of the group,) int32."""
@@ -303,24 +296,22 @@ class AtariEnvs:
 
     def recv(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """End a group's step; returns its true rewards, and `terminated` and `done` bool."""
-        games = self.groups[group]
+        games, last = self.groups[group], self.infos[group]
         self.next_obs[group], rewards, terminated, truncated, info = self.envs[group].recv()
+        self.infos[group] = info
         was_reset = self.resets[games].copy()
         self.resets[games] = terminated | truncated  # not where ALE's game goes on after a lost life
         # EnvPool's own `terminated` includes lost lives, but not a game that is over in its last permitted step.
         game_over = info.get("terminated", terminated).astype(bool)
         terminated = terminated | game_over
         if self.watch_lives:
-            terminated |= (info["lives"] > 0) & (info["lives"] < self.lives[games]) & ~was_reset & ~truncated
-        self.lives[games] = info["lives"]
+            terminated |= (info["lives"] > 0) & (info["lives"] < last["lives"]) & ~was_reset & ~truncated
         self.scores[games] += rewards
         self.lengths[games] += ~was_reset
         ended = games.start + np.flatnonzero(game_over | truncated)
         self.finished += zip(self.scores[ended].tolist(), self.lengths[ended].tolist(), strict=True)
         self.scores[ended] = self.lengths[ended] = 0
-        if self.knows_rooms:
-            self.rooms |= set(rooms_of(self.game, info["ram"], self.ram[games], was_reset).tolist()) - {-1}
-            self.ram[games] = info["ram"]
+        self.enter_rooms(info, last, was_reset)
         return rewards, terminated, terminated | truncated
 
 
@@ -347,23 +338,6 @@ class RunningMeanStd(nn.Module):
         self.count.copy_(total)
 
 
-class DiscountedReturns(nn.Module):
-    """Running variance of a stream's discounted sum over time, the scale of --norm-int-reward (Burda et al. 2.4)."""
-
-    def __init__(self, num_envs: int):
-        super().__init__()
-        self.register_buffer("returns", torch.zeros(num_envs))
-        self.stats = RunningMeanStd()
-
-    def update(self, rewards: Tensor, valid: Tensor, gamma: float) -> None:
-        """Add the rewards (T, N) of a rollout; on reset rows, where `valid` (T, N) is False, the sums stand still."""
-        returns = torch.empty_like(rewards)
-        for t in range(len(rewards)):
-            self.returns.copy_(torch.where(valid[t], gamma * self.returns + rewards[t], self.returns))
-            returns[t] = self.returns
-        self.stats.update(returns[valid])
-
-
 class Learner(nn.Module):
     """All that learns or is learned from; its state_dict and its optimisers' go into the checkpoint."""
 
@@ -375,7 +349,8 @@ class Learner(nn.Module):
         self.predictor = make_predictor()
         self.obs_stats = RunningMeanStd((1, 96, 96))
         if args.norm_int_reward:
-            self.int_returns = DiscountedReturns(args.num_envs)
+            self.register_buffer("int_return", torch.zeros(args.num_envs))  # discounted sum so far
+            self.int_return_stats = RunningMeanStd()
         self.to(device, memory_format=torch.channels_last)
         if args.compile:
             torch._dynamo.config.recompile_limit = 32  # the novelty networks share one forward, and so one count
@@ -507,8 +482,10 @@ def intrinsic_rewards(learner: Learner, rollout: Rollout, args: Args) -> tuple[T
     features = torch.cat(features).unflatten(0, rollout.obs.shape[:2])
     rewards = torch.cat(rewards).view(features.shape[:2])[1:] * rollout.valid
     if args.norm_int_reward:
-        learner.int_returns.update(rewards, rollout.valid, args.int_gamma)
-        rewards = rewards / learner.int_returns.stats.var.sqrt().float().clamp(min=1e-8)
+        # By the deviation of the discounted sum over time, not over games (Burda et al. 2018, 2.4).
+        int_returns = [learner.int_return.mul_(args.int_gamma).add_(row).clone() for row in rewards]
+        learner.int_return_stats.update(torch.stack(int_returns)[rollout.valid])
+        rewards = rewards / learner.int_return_stats.var.sqrt().float().clamp(min=1e-8)
     return rewards, features
 
 
@@ -602,14 +579,10 @@ def ppo_loss(
     return loss, {name: x.detach() for name, x in losses.items()}
 
 
-compiled = cache(torch.compile)  # one wrapper for all calls
-
-
 def train_policy(learner: Learner, args: Args, **minibatch: Tensor) -> dict[str, Tensor]:
     """One step of the policy and the values on a minibatch, the tensors of ppo_loss; returns its losses."""
-    loss_function = compiled(ppo_loss, dynamic=False) if args.compile else ppo_loss
     with autocast(args, minibatch["obs"].device):
-        loss, losses = loss_function(learner.agent, args, **minibatch)
+        loss, losses = ppo_loss(learner.agent, args, **minibatch)
     descend(learner.optimizers["agent"], loss, args.max_grad_norm)
     return losses
 

@@ -126,7 +126,7 @@ def intrinsic_rewards(module: ModuleType, learner: Any, args: Any, obs: torch.Te
     x = module.novelty_input(obs, learner.obs_stats, args.norm_obs)
     rewards = module.novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
     if args.norm_int_reward:
-        rewards = rewards / learner.int_returns.stats.var.sqrt().float().clamp(min=1e-8)
+        rewards = rewards / learner.int_return_stats.var.sqrt().float().clamp(min=1e-8)
     return rewards.cpu().numpy()
 
 

@@ -44,12 +44,12 @@ def collect_states(
     Returns the states (num_states, 4, 96, 96) uint8 and their rooms (num_states,) int.
     """
     rng, device = np.random.default_rng(args.seed), next(learner.agent.parameters()).device
-    states, rooms, last_ram, first = [], [], envs.ram.copy(), np.ones(args.num_envs, bool)
+    states, rooms, last_ram, first = [], [], envs.infos[0]["ram"], np.ones(args.num_envs, bool)
     current, count = np.full(args.num_envs, -1), 0
     with tqdm(total=num_states, unit="state", disable=None) as bar:  # None: only in a terminal
         for step in itertools.count(1):
             obs = envs.next_obs[0]  # all games form one group
-            seen = module.rooms_of(envs.game, envs.ram, last_ram, first)
+            seen = module.rooms_of(envs.game, envs.infos[0]["ram"], last_ram, first)
             current = np.where(seen >= 0, seen, current)
             if step % every == 0:
                 keep = current >= 0
@@ -63,7 +63,7 @@ def collect_states(
             actions = choose_actions(module, learner, args, torch.from_numpy(obs).to(device), greedy=False)
             explore = rng.random(args.num_envs) < random_actions
             actions[explore] = rng.integers(envs.num_actions, size=explore.sum())
-            last_ram, first = envs.ram.copy(), envs.resets.copy()
+            last_ram, first = envs.infos[0]["ram"], envs.resets.copy()
             envs.send(0, actions.astype(np.int32))
             envs.recv(0)
 

@@ -15,7 +15,7 @@ def test_compile_on_and_off_agree() -> None:
     """One step of every network: the same losses, and gradients but for bfloat16's rounding, where there is one."""
     losses, gradients = [], []
     for compile_networks in (False, True):
-        torch._dynamo.reset()  # another test may have compiled the loss
+        torch._dynamo.reset()  # another test may have compiled the networks
         args = make_args(snd, compile=compile_networks, num_minibatches=1, bf16=True)
         torch.manual_seed(3)
         learner, rollout = snd.Learner(args, 4, torch.device("cpu")), random_rollout(snd)
@@ -23,7 +23,7 @@ def test_compile_on_and_off_agree() -> None:
         torch.manual_seed(4)
         counters.clear()
         losses.append(torch.stack(list(update(snd, learner, rollout, inputs, args).values())))
-        # It did compile: the loss with the policy in it, the target with and without gradients, the predictor.
+        # It did compile: the policy, the target with and without gradients, the predictor.
         assert (counters["stats"]["unique_graphs"] >= 3) == compile_networks
         nets = (learner.agent, learner.target, learner.predictor)
         gradients.append([torch.cat([p.grad.flatten() for p in net.parameters()]) for net in nets])

@@ -68,12 +68,12 @@ def test_a_game_has_the_runs_protocol_and_is_filmed_in_colour(breakout: Path, ep
     with mock.patch.object(enjoy, "choose_actions", lambda *given: actions.append(choose(*given)) or actions[-1]):
         episode = enjoy.play(module, args, learner, 5, False, None, film.append)
     envs = module.AtariEnvs(replace(args, env_backend="envpool", num_envs=1), 5)
-    lives, frames = set(envs.lives), [envs.next_obs[0][0, -1]]
+    lives, frames = set(envs.infos[0]["lives"]), [envs.next_obs[0][0, -1]]
     for action in actions:
         was_reset = envs.resets[0].copy()
         envs.send(0, action.astype(np.int32))
         envs.recv(0)
-        lives |= set(envs.lives)
+        lives |= set(envs.infos[0]["lives"])
         frames += [envs.next_obs[0][0, -1]] * (not was_reset)
     assert envs.finished == [(episode.score, episode.length)] and lives == {0, 1, 2, 3, 4, 5}
     assert len(frames) == len(film) == episode.length + 1 == len(episode.int_rewards) + 1
@@ -95,8 +95,8 @@ def test_the_intrinsic_reward_is_the_scripts_own(private_eye: Path):
     args = replace(args, int_reward_scale=1e-4)  # below the clip
     rewards = partial(enjoy.intrinsic_rewards, module, learner)
     assert rewards(args, obs) == pytest.approx(expected, rel=1e-4) and expected.max() < 1
-    learner.int_returns = module.DiscountedReturns(4)
-    learner.int_returns.stats.var.fill_(16)
+    learner.int_return_stats = module.RunningMeanStd()
+    learner.int_return_stats.var.fill_(16)
     assert rewards(replace(args, norm_int_reward=True), obs) == pytest.approx(expected / 4, rel=1e-4)
     del learner.predictor  # as in a copied script with another kind of novelty
     assert np.isnan(rewards(args, obs)).all()

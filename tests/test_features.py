@@ -57,7 +57,7 @@ def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
     states, rooms = collect(module, learner, args, 60, 1, 1.0)
     envs, rng = module.AtariEnvs(args, 1), np.random.default_rng(1)
     for seen, room in zip(states, rooms, strict=True):  # the same seed, the same random actions: the same game
-        assert np.array_equal(seen, envs.next_obs[0][0]) and room == envs.ram[0, 92]
+        assert np.array_equal(seen, envs.next_obs[0][0]) and room == envs.infos[0]["ram"][0, 92]
         rng.random(1)
         envs.send(0, rng.integers(envs.num_actions, size=1).astype(np.int32))
         envs.recv(0)

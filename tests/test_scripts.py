@@ -1,7 +1,7 @@
 """Each script as its user runs it: real games, both backends, its flags, its logs, its words, its refusals."""
 
 import copy
-import importlib
+import importlib.util
 import math
 import re
 import shutil
@@ -248,19 +248,12 @@ def test_bad_input(snd: ModuleType, refused: object, given: list[str], words: st
     assert message.count("\n") == 1 and message.startswith("ppo_snd_atari: ") and words in message
 
 
-@pytest.mark.parametrize(
-    ("module", "given"),
-    [
-        ("envpool.atari.registration", ["--env-backend", "envpool"]),
-        ("ale_py.roms", ["--env-backend", "gymnasium"]),
-        ("wandb", ["--track"]),
-    ],
-)
+@pytest.mark.parametrize(("module", "given"), [("envpool", []), ("wandb", ["--track"])])
 def test_missing_package(
     snd: ModuleType, refused: object, monkeypatch: pytest.MonkeyPatch, module: str, given: list[str]
 ) -> None:
-    """The line has the flag that needs it and the pip command."""
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    """One line with the pip command."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
     message = refused(snd, *given)
-    assert message.count("\n") == 1 and message.startswith(f"ppo_snd_atari: {' '.join(given)}")
-    assert re.search(rf"pip install .*\b{module.split('.')[0].replace('_', '-')}\b", message)
+    assert message.count("\n") == 1 and f"pip install {module}" in message
