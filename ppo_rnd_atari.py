@@ -170,8 +170,6 @@ def check_args(args: Args) -> None:
         fail(f"--num-minibatches {args.num_minibatches}: must divide --num-envs x --num-steps = {batch_size}")
     if args.total_timesteps < batch_size:
         fail(f"--total-timesteps {args.total_timesteps}: must be at least --num-envs x --num-steps = {batch_size}")
-    if args.run_name is not None and not os.path.normpath(f"runs/{args.run_name}").startswith(f"runs{os.sep}"):
-        fail(f"--run-name {args.run_name!r}: must be a folder below runs/")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs Weights and Biases: pip install wandb")
     if args.env_backend == "envpool" and not importlib.util.find_spec("envpool"):

@@ -196,7 +196,7 @@ REFUSED |= dict(learning_rate=[0, -1, math.nan, math.inf], clip_coef=[0], max_gr
 REFUSED |= dict(vf_coef=[-1], ext_coef=[-1, math.nan], int_coef=[-1, math.inf], int_reward_scale=[-1])
 REFUSED |= dict(gamma=[-0.1, 1.1, math.nan], int_gamma=[-0.1, 1.1], gae_lambda=[-0.1, 1.1])
 REFUSED |= dict(repeat_action_probability=[-0.1, 1.1], update_proportion=[0, 1.1, math.nan])
-REFUSED |= dict(actor_hidden_gain=[-1], critic_hidden_gain=[-1], run_name=["", ".", "..", "a/..", "../x"])
+REFUSED |= dict(actor_hidden_gain=[-1], critic_hidden_gain=[-1])
 REFUSED_ENTROPY = dict(entropy_coef=[-1], entropy_gamma=[1.1], entropy_scale=[-1], entropy_buffer_size=[1])
 
 
