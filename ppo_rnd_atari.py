@@ -693,7 +693,7 @@ def save_checkpoint(run_dir: Path, args: Args, learner: Learner, counters: dict)
     checkpoint = {"script": SCRIPT, "args": asdict(args) | {"resume": None}, "counters": counters}
     checkpoint["learner"] = learner.state_dict()
     checkpoint["optimizers"] = {name: optimizer.state_dict()["state"] for name, optimizer in learner.optimizers.items()}
-    device = learner.obs_stats.mean.device.type
+    device = next(learner.parameters()).device.type
     checkpoint["random"] = {device: (torch.cuda if device == "cuda" else torch).get_rng_state()}
     with open(run_dir / "checkpoint.tmp", "wb") as file:
         torch.save(checkpoint, file)
@@ -724,7 +724,7 @@ def restore(learner: Learner, checkpoint: dict) -> None:
         for name, optimizer in learner.optimizers.items():  # the moments only: settings come from the flags
             optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]})
         for device, state in checkpoint["random"].items():
-            if device == learner.obs_stats.mean.device.type:
+            if device == next(learner.parameters()).device.type:
                 (torch.cuda if device == "cuda" else torch).set_rng_state(state)
     except Exception as error:
         fail(f"the checkpoint does not fit these arguments: {one_line(error)}")
