@@ -1,9 +1,10 @@
-"""What the programs of this folder have in common on the command line: how they refuse, warn and check their output."""
+"""What the programs of this folder have in common on the command line: how they refuse, warn and check their flags."""
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -17,16 +18,32 @@ def warn(message: str) -> None:
     print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
 
 
-def check_output(path: Path) -> None:
-    """Refuse results that could not be written to `path`, before the work that makes them; exit status 2.
+def one_line(error: Exception) -> str:
+    """What went wrong, without the lines of advice that some libraries add."""
+    return (str(error).splitlines() or [repr(error)])[0]
 
-    Its folder is made only when there is something to write.
-    """
-    if os.path.isdir(path):
+
+def check_least(options: Any, **least: float) -> None:
+    """Refuse flags that are below their least value; exit status 2."""
+    for name, value in least.items():
+        given = getattr(options, name)
+        if given is not None and not given >= value:
+            fail(f"--{name.replace('_', '-')} {given}: must be at least {value}")
+
+
+def make_folder_of(path: Path) -> None:
+    """Make the folder of a result, before the work that fills it; exit status 2 if `path` cannot be written."""
+    if path.is_dir():
         fail(f"cannot write to {path}: it is a folder; add a name")
-    folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if os.path.exists(path):
-        if not os.access(path, os.W_OK):
-            fail(f"cannot write to {path}: you may not write there")
-    elif not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-        fail(f"cannot write to {path.parent}: {folder} is not a folder that you may write to")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {path}: {error.strerror}")
+    if not os.access(path.parent, os.W_OK):
+        fail(f"cannot write to {path}: you may not write there")
+
+
+def markdown_table(header: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table."""
+    first, *others = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [first, "|" + "---|" * len(header), *others]

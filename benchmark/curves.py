@@ -5,31 +5,32 @@
     python benchmark/curves.py --runs SND=figures/curves.csv --reference others.csv --reference-methods ppo_rnd_1
 
 Every point is a mean over a window of agent steps that ends there, never a maximum. Bands are 95 % stratified bootstrap
-intervals over seeds (Agarwal et al. 2021, arXiv 2108.13264, by their library rliable).
+intervals over seeds (Agarwal et al. 2021, arXiv 2108.13264, by their library rliable). A method's line ends where its
+first seed ends; its other seeds go on alone, as thin lines. A run that cannot be used is left out, with a warning.
 """
 
-import argparse
-import contextlib
 import glob
 import itertools
 import logging
 import math
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from cli import fail, warn
+import tyro
+from cli import fail, markdown_table, one_line, warn
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter
 from rliable.library import get_interval_estimates
 from scipy.stats import trim_mean
-from tensorboard.backend.event_processing import event_accumulator
-from tensorboard.compat.tensorflow_stub.errors import DataLossError, OpError, OutOfRangeError
-from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Metric: its tag in TensorBoard, and what its axis is called.
 METRICS = {
@@ -37,9 +38,8 @@ METRICS = {
     "explored_rooms": ("charts/explored_rooms", "rooms found by all environments"),
     "intrinsic_reward": ("charts/intrinsic_reward", "intrinsic reward of a step"),
 }
-HYPERPARAMETERS = "hyperparameters/text_summary"
 CSV_COLUMNS = ["game", "method", "seed", "agent_steps", *METRICS]
-TABLE_STEPS = [million * 1_000_000 for million in (1, 2, 5, 10, 20, 32, 64, 128)]
+HYPERPARAMETERS = "hyperparameters/text_summary"
 # Arguments that may differ between the seeds of one method: they name the run or say where it ran.
 FREE_ARGS = {"seed", "env_id", "run_name", "resume", "total_timesteps", "checkpoint_interval", "track", "cuda"}
 FREE_ARGS |= {"wandb_project_name", "wandb_entity", "torch_deterministic", "env_backend", "compile", "bf16"}
@@ -59,21 +59,45 @@ STATISTICS = {
 
 
 @dataclass
+class Options:
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    """folders with runs below them, or CSV files; a run's folder tells its method's name"""
+    runs: tuple[str, ...] = ()
+    """METHOD=PATH: runs of a method; a folder, a glob in quotes, or a CSV that this program wrote"""
+    output: Path = Path("curves")
+    """folder for the results"""
+    statistic: Literal["mean", "iqm"] = "mean"
+    """mean or interquartile mean over seeds"""
+    window: int | float | None = None
+    """agent steps that a point averages over; unset: about a fiftieth of the longest run, at most 1 M"""
+    at: tuple[int | float, ...] = ()
+    """agent steps of the table; unset: 1, 2, 5, 10, ... up to the end of the longest run"""
+    reference: Path | None = None
+    """CSV with curves of others, laid under the figures in grey"""
+    reference_methods: tuple[str, ...] = ()
+    """which of them; unset: all"""
+
+
+@dataclass
 class Run:
-    """One seed: {metric: (agent steps (n,), values (n,))}, the last step logged and the usual distance of two logs."""
+    """One seed: its log, a row for each of the agent steps (the index) with a column for each metric that it has."""
 
     game: str
     method: str
     seed: int
     source: Path
-    series: dict[str, tuple[np.ndarray, np.ndarray]]
-    last_step: int
-    spacing: int
+    log: pd.DataFrame
     args: dict[str, str] = field(default_factory=dict)
 
-    def reached(self, steps: np.ndarray) -> np.ndarray:
-        """Whether the run got to these steps; a budget need not be a multiple of an iteration, hence `spacing`."""
-        return self.last_step + self.spacing > steps
+    @property
+    def spacing(self) -> int:
+        """The usual distance of two logs."""
+        return int(np.median(np.diff(self.log.index, prepend=0)))
+
+    @property
+    def end(self) -> int:
+        """The run got to all steps below this; a budget need not be a multiple of an iteration, hence `spacing`."""
+        return int(self.log.index[-1]) + self.spacing
 
 
 def game_key(name: str) -> str:
@@ -83,18 +107,6 @@ def game_key(name: str) -> str:
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
-
-
-def is_damaged(path: Path) -> bool:
-    """Whether an event file cannot be read to its end: half-written, or a checksum is wrong."""
-    reader = PyRecordReader_New(str(path))
-    with contextlib.suppress(OutOfRangeError):  # the end
-        try:
-            while True:
-                reader.GetNext()
-        except DataLossError:
-            return True
-    return False
 
 
 def method_of(run_dir: Path, game: str) -> str:
@@ -110,97 +122,83 @@ def method_of(run_dir: Path, game: str) -> str:
     return run_dir.name
 
 
-def read_events(run_dir: Path, method: str | None) -> Run:
-    """One run from its event files; what a resumed run did twice counts once. Exit status 2 if it cannot be used."""
-    broken = [path.name for path in sorted(run_dir.glob("events.out.tfevents.*")) if is_damaged(path)]
-    note = f" ({broken[0]} is half-written or damaged)" if broken else ""
-    events = event_accumulator.EventAccumulator(str(run_dir), {event_accumulator.SCALARS: 0})
-    events.Reload()
+def read_events(run_dir: Path, method: str = "") -> Run:
+    """One run from its event files, up to a damaged place; what a resumed run did twice counts once.
+
+    Raises ValueError if it cannot be used.
+    """
+    events = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()  # 0: keep all
     tags = events.Tags()
-    logged = events.Tensors(HYPERPARAMETERS) if HYPERPARAMETERS in tags["tensors"] else []
-    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in logged}  # one of each start
-    tables = [dict(re.findall(r"^\|(\w+)\|(.*)\|$", text, re.M)) for text in texts.values()]
+    logged = events.Tensors(HYPERPARAMETERS) if HYPERPARAMETERS in tags["tensors"] else []  # one of each start
+    texts = [event.tensor_proto.string_val[0].decode() for event in logged]
+    tables = [dict(re.findall(r"^\|(\w+)\|(.*)\|$", text, re.M)) for text in texts]
     if not tables or not all({"env_id", "seed"} <= table.keys() for table in tables):
-        fail(f"{run_dir} has no {HYPERPARAMETERS} of these scripts{note}: leave it out")
+        raise ValueError(f"no {HYPERPARAMETERS} of these scripts")
     if len({table["env_id"] for table in tables}) > 1:
-        fail(f"{run_dir} mixes the event files of several games: move each run to a folder of its own")
+        raise ValueError("the event files of several games are mixed; move each run to a folder of its own")
     args = tables[-1]
     match = re.fullmatch(r"(\w+?)NoFrameskip-v4|(?:ALE/)?(\w+)-v5", args["env_id"])
     if not match:
-        fail(f"{run_dir} has the unknown env_id {args['env_id']}")
-    if METRICS["intrinsic_reward"][0] not in tags["scalars"]:
-        fail(f"{run_dir} has no {METRICS['intrinsic_reward'][0]}{note}: it has logged nothing yet, leave it out")
-    if broken:
-        warn(f"{run_dir}/{broken[0]} is half-written or damaged; its records up to there are used")
+        raise ValueError(f"unknown env_id {args['env_id']}")
+    scalars = {metric: events.Scalars(tag) for metric, (tag, _) in METRICS.items() if tag in tags["scalars"]}
+    if "intrinsic_reward" not in scalars:  # which every iteration logs
+        raise ValueError("it has logged nothing yet")
     if changed := {name for table in tables for name, _ in table.items() ^ args.items()} - FREE_ARGS:
         warn(f"{run_dir} was resumed with another {', '.join(sorted(changed))}")
-    game, series = match[1] or match[2], {}
-    for metric, (tag, _) in METRICS.items():
-        if tag in tags["scalars"]:
-            logged = events.Scalars(tag)
-            series[metric] = np.array([e.step for e in logged]), np.array([e.value for e in logged])
-    if "score" not in series:
-        warn(f"{run_dir} has no {METRICS['score'][0]}: no game has ended in it yet")
-    steps = series["intrinsic_reward"][0]  # logged in every iteration
-    spacing = int(np.median(np.diff(steps, prepend=0)))
-    name = method or method_of(run_dir, game)
-    return Run(game, name, int(args["seed"]), run_dir, series, int(steps[-1]), spacing, args)
+    series = {metric: pd.Series({event.step: event.value for event in logged}) for metric, logged in scalars.items()}
+    game = match[1] or match[2]
+    return Run(game, method or method_of(run_dir, game), int(args["seed"]), run_dir, pd.DataFrame(series), args)
 
 
-def read_csv(path: Path, method: str | None = None) -> list[Run]:
-    """The runs of a CSV with the columns game, method, seed, agent_steps and at least one metric; exit status 2.
+def read_csv(path: Path, method: str = "") -> list[Run]:
+    """The runs of a CSV with the columns game, method, seed, agent_steps and at least one metric; raises ValueError.
 
     A metric's column may have the name of its tag. Of several methods `method` picks one; a single one it renames.
     """
-    try:
-        table = pd.read_csv(path, dtype={"game": str, "method": str})
-        table = table.rename(columns={tag: metric for metric, (tag, _) in METRICS.items()})
-        missing = [name for name in CSV_COLUMNS[:4] if name not in table] or (
-            [] if set(METRICS) & set(table) else ["score"]
-        )
-        if missing:
-            fail(f"{path} has no column {', '.join(missing)}; expected: {', '.join(CSV_COLUMNS)}")
-        columns = ["agent_steps", *(metric for metric in METRICS if metric in table)]
-        table = table.astype({"seed": int} | dict.fromkeys(columns, float)).sort_values("agent_steps", kind="stable")
-        if not (table["agent_steps"] >= 0).all():
-            raise ValueError("agent_steps must be at least 0")
-        table = table[table["agent_steps"] > 0]  # before the first step there is nothing to average
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        fail(f"{path} is not a readable CSV of curves: {str(error).splitlines()[0]}")
+    table = pd.read_csv(path, dtype={"game": str, "method": str})
+    table = table.rename(columns={tag: metric for metric, (tag, _) in METRICS.items()})
+    metrics = [metric for metric in METRICS if metric in table]
+    missing = [name for name in CSV_COLUMNS[:4] if name not in table] or ([] if metrics else ["score"])
+    if missing:
+        raise ValueError(f"no column {', '.join(missing)}; expected: {', '.join(CSV_COLUMNS)}")
+    table = table.astype({"seed": int, "agent_steps": int} | dict.fromkeys(metrics, float))
     names = table["method"].unique()
     if method in names:
         table = table[table["method"] == method]
     elif method and len(names) > 1:
-        fail(f"{path} holds several methods, none is {method}: {', '.join(names)}")
-    runs = []
-    for (game, name, seed), rows in table.groupby(["game", "method", "seed"], sort=False):
-        steps = rows["agent_steps"].to_numpy()
-        series = {metric: rows[metric].to_numpy() for metric in columns[1:]}
-        series = {
-            metric: (steps[~np.isnan(y)], y[~np.isnan(y)]) for metric, y in series.items() if not np.isnan(y).all()
-        }
-        spacing = int(np.median(np.diff(steps, prepend=0)))
-        runs.append(Run(game, method or name, seed, path, series, int(steps[-1]), spacing))
-    if not runs:
-        fail(f"{path} holds no rows")
-    return runs
+        raise ValueError(f"it holds several methods, none is {method}: {', '.join(names)}")
+    return [
+        Run(game, method or name, seed, path, rows.set_index("agent_steps")[metrics].sort_index())
+        for (game, name, seed), rows in table.groupby(["game", "method", "seed"], sort=False)
+    ]
 
 
-def find_runs(pattern: str, method: str | None) -> list[Run]:
-    """All runs in the folders, or the CSV files, that `pattern` names; exit status 2 if there are none."""
-    runs = []
-    named = Path(pattern).expanduser()
-    for path in [named] if named.exists() else map(Path, sorted(glob.glob(str(named)))):
-        if path.suffix == ".csv":
-            runs += read_csv(path, method)
-        else:
-            folders = sorted({file.parent for file in path.rglob("events.out.tfevents.*")})
+def find_runs(options: Options) -> list[Run]:
+    """All runs that the command line names; one that cannot be used is a warning, if none can be used exit status 2."""
+    patterns = [("", path) for path in options.paths] + [spec.partition("=")[::2] for spec in options.runs]
+    if not patterns or not all(path for _, path in patterns):
+        fail("name the runs: folders, or --runs METHOD=PATH")
+    runs, reasons = [], []
+    for method, pattern in patterns:
+        paths = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern)))]
+        sources = [path for path in paths if path.suffix == ".csv"]
+        sources += sorted({file.parent for path in paths for file in path.rglob("events.out.tfevents.*")})
+        if not sources:
+            reasons.append(f"{pattern}: no runs found (neither event files of TensorBoard below it nor a CSV)")
+        for source in sources:
             try:
-                runs += [read_events(folder, method) for folder in folders]
-            except (OSError, OpError) as error:
-                fail(f"{path} cannot be read: {error}")
+                runs += read_csv(source, method) if source.suffix == ".csv" else [read_events(source, method)]
+            except Exception as error:  # whatever a damaged or foreign file makes its reader raise
+                reasons.append(f"{source}: {one_line(error)}")
+    if options.window is None and runs:
+        options.window = default_window(runs)
+    short = [run for run in runs if run.end <= options.window]
+    reasons += [f"{run.source}: shorter than the window of {options.window:,} steps" for run in short]
+    runs = [run for run in runs if run.end > options.window]
     if not runs:
-        fail(f"{pattern}: no runs found (neither event files of TensorBoard below it nor a CSV)")
+        fail(f"no usable run: {'; '.join(reasons) or 'no rows'}")
+    for reason in reasons:
+        warn(f"left out: {reason}")
     return runs
 
 
@@ -208,250 +206,28 @@ def check_runs(runs: list[Run]) -> None:
     """Refuse a seed given twice, and seeds of one method that were run with different arguments; exit status 2."""
     first: dict[tuple, Run] = {}
     for run in runs:
-        name = f"{run.method}, {run.game}"
-        twin = first.setdefault((run.game, run.method, run.seed), run)
-        if twin is not run:
-            twice = f"seed {run.seed} of {name} is there twice: {twin.source} and {run.source}"
-            fail(f"{twice}; leave one out, or give them different method names with --runs METHOD=PATH")
+        name, advice = f"{run.method}, {run.game}", "give them different method names with --runs METHOD=PATH"
+        if (twin := first.setdefault((run.game, run.method, run.seed), run)) is not run:
+            fail(f"seed {run.seed} of {name} is in {twin.source} and again in {run.source}; leave one out, or {advice}")
         other = first.setdefault((run.game, run.method), run)
-        for key in sorted((set(run.args) & set(other.args)) - FREE_ARGS):
-            if run.args[key] != other.args[key]:
-                fail(
-                    f"the runs of {name} differ in {key}: {other.args[key]} in {other.source}, {run.args[key]} in "
-                    f"{run.source}; give them different method names with --runs METHOD=PATH"
-                )
+        if differ := {key for key, value in run.args.items() if other.args.get(key, value) != value} - FREE_ARGS:
+            fail(f"{other.source} and {run.source} of {name} differ in {', '.join(sorted(differ))}; {advice}")
 
 
-# ---- Statistics ------------------------------------------------------------------------------------------------------
-
-
-def window_means(steps: np.ndarray, values: np.ndarray, points: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the values (n,) logged at `steps` in (point - window, point], for each point; nan where there is none."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    start, end = (np.searchsorted(steps, edge, side="right") for edge in (points - window, points))
-    count = end - start
-    return np.where(count > 0, (sums[end] - sums[start]) / np.maximum(count, 1), np.nan)
-
-
-def seed_matrix(runs: list[Run], metric: str, points: np.ndarray, window: int) -> np.ndarray:
-    """Window means (runs, points); nan where a run has not got to or has logged nothing."""
-    rows = [
-        np.where(run.reached(points), window_means(*run.series[metric], points, window), np.nan)
-        for run in runs
-        if metric in run.series
-    ]
-    return np.array(rows).reshape(len(rows), len(points))
-
-
-def fill_gaps(matrix: np.ndarray) -> np.ndarray:
-    """Straight lines through the gaps of each row of (seeds, points); nan before its first value and after its last."""
-    filled, x = matrix.copy(), np.arange(matrix.shape[1])
-    for row in filled:
-        known = ~np.isnan(row)
-        if known.any():
-            row[:] = np.interp(x, x[known], row[known], left=np.nan, right=np.nan)
-    return filled
-
-
-def aggregate(matrix: np.ndarray, statistic: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean or IQM over the seeds of (seeds, points), its 95 % interval, and the seeds counted, each (points,).
-
-    One seed has no interval: nan.
-    """
-    known = ~np.isnan(matrix)
-    count = known.sum(axis=0)
-    value, low, high = np.full((3, matrix.shape[1]), np.nan)
-    over_seeds = STATISTICS[statistic][1]
-    np.random.seed(0)  # rliable draws from the global generator
-    for pattern in np.unique(known, axis=1).T:  # points that the same seeds have reached
-        columns = (known == pattern[:, None]).all(axis=0)
-        seeds = matrix[pattern][:, columns]
-        if len(seeds):
-            value[columns] = over_seeds(seeds)
-        if len(seeds) > 1:
-            scores = {"": seeds[:, None, :]}  # (runs, tasks, points): a game is one stratum
-            _, interval = get_interval_estimates(scores, lambda x: over_seeds(x[:, 0]), reps=BOOTSTRAP_SAMPLES)
-            low[columns], high[columns] = interval[""]
-    return value, low, high, count
-
-
-def default_window(runs: list[Run]) -> int:
-    """A fiftieth of the longest run, at most 1 M steps and at least an iteration, rounded up to one digit."""
-    window = max(min(1_000_000, max(run.last_step for run in runs) / 50), max(run.spacing for run in runs))
-    digit = 10 ** math.floor(math.log10(window))
-    return math.ceil(window / digit) * digit
-
-
-def grid_of(runs: list[Run], window: int) -> np.ndarray:
-    """The multiples of `window` that at least one of the runs has reached."""
-    count = max(math.ceil((run.last_step + run.spacing) / window) - 1 for run in runs)
-    return window * np.arange(1, count + 1)
-
-
-def by_method(runs: list[Run], game: str) -> dict[str, list[Run]]:
-    """{method: its runs of a game}, in the order given."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        if game_key(run.game) == game_key(game):
-            groups.setdefault(run.method, []).append(run)
-    return groups
-
-
-# ---- Output ----------------------------------------------------------------------------------------------------------
-
-
-def count_text(count: np.ndarray) -> str:
-    """ "1 seed", "3 seeds", or "1-3 seeds" where runs have different lengths."""
-    low, high = int(count[count > 0].min()), int(count.max())
-    return f"{high} seed{'s' * (high > 1)}" if low == high else f"{low}–{high} seeds"
-
-
-def draw(
-    path: Path, game: str, metric: str, runs: list[Run], references: list[Run], methods: list[str], options
-) -> bool:
-    """Write the figure of a game and metric as PNG and SVG; False if there is nothing to draw.
-
-    `methods` are all methods of all figures: each keeps its colour, line and marker everywhere.
-    """
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    grid, drawn = grid_of(list(itertools.chain(*by_method(runs, game).values())), options.window), False
-    for i, (method, group) in enumerate(by_method(references, game).items()):
-        matrix = seed_matrix(group, metric, grid, options.window)
-        value, _, _, count = aggregate(fill_gaps(matrix), options.statistic)
-        if count.any():
-            style = dict(color=GREYS[i % len(GREYS)], linestyle=LINES[i % len(LINES)], linewidth=1.2, zorder=1)
-            axes.plot(grid, value, label=f"reference: {method} ({count_text(count)})", **style)
-    for method, group in by_method(runs, game).items():
-        matrix = seed_matrix(group, metric, grid, options.window)
-        value, low, high, count = aggregate(fill_gaps(matrix), options.statistic)
-        if not count.any():
-            continue
-        i, drawn = methods.index(method), True
-        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)])
-        every = max(1, len(grid) // 8)
-        label = f"{method} ({count_text(count)})"
-        axes.plot(grid, value, label=label, markevery=(i % every, every), markersize=5, linewidth=1.8, **style)
-        axes.fill_between(grid, low, high, color=style["color"], alpha=0.2, linewidth=0)
-    if drawn:
-        window = EngFormatter()(options.window)
-        axes.set(title=game, ylabel=METRICS[metric][1], xlim=(0, grid[-1] * 1.02))
-        axes.set_xlabel(f"agent steps, 4 frames each (a point is the mean of the {window} steps before it)")
-        axes.xaxis.set_major_formatter(EngFormatter())
-        if axes.dataLim.y0 >= 0:
-            axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        title = f"{STATISTICS[options.statistic][0]} over seeds,\nband: 95 % bootstrap interval"
-        axes.legend(
-            title=title, alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, handlelength=3.5
-        )
-        figure.savefig(f"{path}.png", dpi=150)
-        figure.savefig(f"{path}.svg", metadata={"Date": None})
-    plt.close(figure)
-    return drawn
-
-
-def table_rows(runs: list[Run], games: list[str], options) -> pd.DataFrame:
-    """Score and rooms at `options.at` steps, a row per game, metric, method and step; nan where no seed has got to."""
-    rows, points = [], np.array(options.at)
-    for game, metric in itertools.product(games, ["score", "explored_rooms"]):
-        for method, group in by_method(runs, game).items():
-            columns = aggregate(seed_matrix(group, metric, points, options.window), options.statistic)
-            for step, value, low, high, count in zip(options.at, *columns, strict=True):
-                rows.append((game, metric, method, step, value, low, high, count))
-    return pd.DataFrame(rows, columns=["game", "metric", "method", "agent_steps", "value", "low", "high", "seeds"])
-
-
-def markdown(table: pd.DataFrame, options) -> str:
-    """The table for people: a block per game and metric, a row per method, a column per step."""
-    lines = [
-        f"Each value is the {STATISTICS[options.statistic][0]} over seeds of what a seed logged, on average, in the "
-        f"{options.window:,} agent steps before that point; in brackets its 95 % bootstrap interval (none for one "
-        "seed), then the number of seeds. Blank: no run has got there."
-    ]
-    for (game, metric), block in table.groupby(["game", "metric"], sort=False):
-        if not block["seeds"].any():
-            continue
-        digits = 1 if block["value"].max() < 100 else 0
-        lines += ["", f"**{game}, {metric.replace('_', ' ')}**", ""]
-        lines += [f"| method | {' | '.join(EngFormatter()(step) for step in options.at)} |"]
-        lines += ["|---" * (len(options.at) + 1) + "|"]
-        for method, cells in block.groupby("method", sort=False):
-            texts = []
-            for cell in cells.itertuples():
-                interval = f" [{cell.low:,.{digits}f}, {cell.high:,.{digits}f}]" if cell.seeds > 1 else ""
-                texts.append(f"{cell.value:,.{digits}f}{interval} ({cell.seeds})" if cell.seeds else "")
-            lines.append(f"| {method} | {' | '.join(texts)} |")
-    return "\n".join(lines) + "\n"
-
-
-def curve_rows(runs: list[Run], window: int) -> pd.DataFrame:
-    """Every run on the grid, as a CSV that this program reads again."""
-    rows = []
-    for run in runs:
-        grid = grid_of([run], window)
-        nothing = np.empty(0), np.empty(0)
-        columns = [window_means(*run.series.get(metric, nothing), grid, window) for metric in METRICS]
-        rows += [(run.game, run.method, run.seed, *cells) for cells in zip(grid, *columns, strict=True)]
-    return pd.DataFrame(rows, columns=CSV_COLUMNS)
-
-
-def step_count(text: str) -> int:
-    """A number of agent steps, at least 1, also written as 1e6; exit status 2."""
-    try:
-        steps = int(float(text))
-    except (ValueError, OverflowError):
-        steps = 0
-    if steps < 1:
-        fail(f"{text} is no number of agent steps: give one of at least 1, for instance 1e6")
-    return steps
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="*", help="folders with runs below them; a run's folder tells its method's name")
-    parser.add_argument(
-        "--runs",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="METHOD=PATH",
-        help="runs of a method: a folder, a glob in quotes, or a CSV that this program wrote",
-    )
-    parser.add_argument("--output", type=Path, default=Path("curves"), help="folder for the results (default: curves)")
-    parser.add_argument("--statistic", choices=list(STATISTICS), default="mean", help="over seeds (default: mean)")
-    parser.add_argument(
-        "--window",
-        type=step_count,
-        help="agent steps that a point averages over (default: a fiftieth of the longest run, at most 1 M)",
-    )
-    parser.add_argument(
-        "--at",
-        type=step_count,
-        nargs="+",
-        default=TABLE_STEPS,
-        metavar="STEP",
-        help="agent steps of the table (default: 1, 2, 5, 10, 20, 32, 64 and 128 M)",
-    )
-    parser.add_argument(
-        "--reference", type=Path, metavar="CSV", help="curves of others, laid under the figures in grey"
-    )
-    parser.add_argument("--reference-methods", nargs="+", metavar="METHOD", help="which of them (default: all)")
-    return parser.parse_args(argv)
-
-
-def read_references(options: argparse.Namespace, games: list[str]) -> list[Run]:
+def read_references(options: Options, games: list[str]) -> list[Run]:
     """The curves to lie under the figures; exit status 2 if a method is not there or a figure would get too many."""
     if options.reference is None:
         return []
-    runs = read_csv(options.reference)
-    unknown = set(options.reference_methods or []) - {run.method for run in runs}
-    if unknown:
+    try:
+        runs = read_csv(options.reference)
+    except (OSError, ValueError) as error:
+        fail(f"--reference {options.reference}: {one_line(error)}")
+    wanted = options.reference_methods or {run.method for run in runs}
+    if unknown := set(wanted) - {run.method for run in runs}:
         fail(f"{options.reference} has no method {', '.join(sorted(unknown))}")
-    runs = [run for run in runs if options.reference_methods is None or run.method in options.reference_methods]
+    runs = [run for run in runs if run.method in wanted]
     for game in games:
-        methods = list(by_method(runs, game))
+        methods = list(dict.fromkeys(run.method for run in runs if game_key(run.game) == game_key(game)))
         if len(methods) > MAX_REFERENCES:
             choice = f"choose at most {MAX_REFERENCES} with --reference-methods from: {', '.join(methods)}"
             fail(f"{options.reference} holds {len(methods)} methods of {game}; {choice}")
@@ -460,43 +236,181 @@ def read_references(options: argparse.Namespace, games: list[str]) -> list[Run]:
     return runs
 
 
+# ---- Statistics ------------------------------------------------------------------------------------------------------
+
+
+def default_window(runs: list[Run]) -> int:
+    """About a fiftieth of the longest run, at most 1 M steps and at least an iteration: 1, 2 or 5 and zeros."""
+    fiftieth = min(1_000_000, max(run.end for run in runs) / 50)
+    return next(round_numbers(max(fiftieth, *(run.spacing for run in runs))))
+
+
+def round_numbers(least: float) -> Iterator[int]:
+    """1, 2, 5, 10, 20, 50, 100, ... from `least` on."""
+    numbers = (digit * 10**zeros for zeros in itertools.count() for digit in (1, 2, 5))
+    return itertools.dropwhile(lambda number: number < least, numbers)
+
+
+def default_table_steps(runs: list[Run], window: int) -> list[int]:
+    """The round numbers from the window to the end of the longest run, and that end."""
+    end = (max(run.end for run in runs) - 1) // window * window
+    return [*itertools.takewhile(lambda steps: steps < end, round_numbers(window)), end]
+
+
+def window_means(runs: list[Run], window: int, points: list[int] | None = None) -> pd.DataFrame:
+    """What each run logged in (point - window, point] on average: CSV_COLUMNS, a row for each run and point it got to.
+
+    The points are those given, or else all multiples of the window. nan where nothing was logged.
+    """
+    tables = []
+    for run in runs:
+        steps, ends = run.log.index, range(window, run.end, window)
+        if points is not None:
+            ends = [point for point in points if point < run.end]
+        means = [run.log[(steps > end - window) & (steps <= end)].mean() for end in ends]
+        table = pd.DataFrame(means, columns=[*METRICS])
+        tables.append(table.assign(game=run.game, method=run.method, seed=run.seed, agent_steps=list(ends)))
+    return pd.concat(tables)[CSV_COLUMNS]
+
+
+def aggregate(values: np.ndarray, statistic: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean or IQM over the seeds of (seeds, points) and its 95 % interval, each (points,); one seed has none: nan."""
+    over_seeds = STATISTICS[statistic][1]
+    if len(values) == 1 or not values.size:
+        return over_seeds(values), *np.full((2, values.shape[1]), np.nan)
+    np.random.seed(0)  # rliable draws from the global generator
+    scores = {"": values[:, None, :]}  # (runs, tasks, points): a game is one stratum
+    _, interval = get_interval_estimates(scores, lambda x: over_seeds(x[:, 0]), reps=BOOTSTRAP_SAMPLES)
+    return over_seeds(values), *interval[""]
+
+
+# ---- Output ----------------------------------------------------------------------------------------------------------
+
+
+def by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A method's rows of `window_means` as (points, seeds); straight lines bridge windows in which no game ended."""
+    seeds = rows.pivot(index="agent_steps", columns="seed", values=metric)
+    return seeds.dropna(axis=1, how="all").interpolate(limit_area="inside")
+
+
+def add_lines(axes: plt.Axes, seeds: pd.DataFrame, name: str, statistic: str, **style: object) -> int:
+    """Draw a method's (points, seeds); returns the number of seeds.
+
+    Where all seeds have got: their mean and its interval; from there on each further seed as a thin line.
+    """
+    common, count = seeds.dropna(), len(seeds.columns)
+    if count:
+        value, low, high = aggregate(common.to_numpy().T, statistic)
+        axes.plot(common.index, value, label=f"{name} ({count} seed{'s' * (count > 1)})", **style)
+        axes.fill_between(common.index, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        rest = seeds[seeds.index >= max(common.index, default=0)]
+        axes.plot(rest, color=style["color"], linewidth=1, alpha=0.8, zorder=1)
+    return count
+
+
+def draw(
+    path: Path, metric: str, curves: pd.DataFrame, references: pd.DataFrame, methods: list[str], options: Options
+) -> bool:
+    """Write the figure of a game and metric as PNG and SVG; False if there is nothing to draw.
+
+    `curves` and `references` are the game's rows of `window_means`; `methods` are all methods of all figures: each
+    keeps its colour, line and marker everywhere.
+    """
+    end, counts = curves["agent_steps"].max(), []
+    figure, axes = plt.subplots(layout="constrained")
+    for i, (method, rows) in enumerate(references.groupby("method", sort=False)):
+        style = dict(color=GREYS[i % len(GREYS)], linestyle=LINES[i % len(LINES)], linewidth=1.2, zorder=1)
+        seeds = by_seed(rows, metric).loc[:end]
+        counts.append(add_lines(axes, seeds, f"author's {method}", options.statistic, **style))
+    drawn = 0
+    for method, rows in curves.groupby("method", sort=False):
+        seeds, i = by_seed(rows, metric), methods.index(method)
+        every = max(1, len(seeds) // 8)
+        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)])
+        style |= dict(markevery=(i % every, every), markersize=5, linewidth=1.8)
+        counts.append(add_lines(axes, seeds, method, options.statistic, **style))
+        drawn += counts[-1]
+    if drawn:
+        window = EngFormatter()(options.window)
+        axes.set(title=curves["game"].iloc[0], ylabel=METRICS[metric][1])
+        axes.set_xlim(0, end * (2 if end == options.window else 1.02))  # a single point stands in the middle
+        axes.set_xlabel(f"agent steps, 4 frames each (a point is the mean of the {window} steps before it)")
+        axes.xaxis.set_major_formatter(EngFormatter())
+        if axes.dataLim.y0 >= 0:
+            axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        title = f"{STATISTICS[options.statistic][0]} over seeds, band: 95 % bootstrap interval"
+        place = dict(loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
+        legend = figure.legend(title=title if max(counts) > 1 else None, **place)
+        figure.set_size_inches(9, 4.5 + 0.12 * len(legend.texts))
+        figure.savefig(f"{path}.png", dpi=150)
+        figure.savefig(f"{path}.svg", metadata={"Date": None})
+    plt.close(figure)
+    return drawn > 0
+
+
+def table_rows(runs: list[Run], games: list[str], options: Options) -> pd.DataFrame:
+    """Score and rooms at `options.at` steps, a row per game, metric, method and step that a seed has got to."""
+    means, rows = window_means(runs, options.window, options.at), []
+    for game, metric in itertools.product(games, ["score", "explored_rooms"]):
+        known = means[(means["game"] == game) & means[metric].notna()]
+        for (method, step), seeds in known.groupby(["method", "agent_steps"], sort=False)[metric]:
+            (value,), (low,), (high,) = aggregate(seeds.to_numpy()[:, None], options.statistic)
+            rows.append((game, metric, method, step, value, low, high, len(seeds)))
+    return pd.DataFrame(rows, columns=["game", "metric", "method", "agent_steps", "value", "low", "high", "seeds"])
+
+
+def markdown(table: pd.DataFrame, options: Options) -> str:
+    """The table for people: a block per game and metric, a row per method, a column per step."""
+    lines = [
+        f"Each value is the {STATISTICS[options.statistic][0]} over seeds of what a seed logged, on average, in the "
+        f"{options.window:,} agent steps before that point; in brackets its 95 % bootstrap interval (none for one "
+        "seed), then the number of seeds. Blank: no run has got there."
+    ]
+    for (game, metric), block in table.groupby(["game", "metric"], sort=False):
+        digits, texts = 1 if block["value"].max() < 100 else 0, []
+        for row in block.itertuples():
+            interval = f" [{row.low:,.{digits}f}, {row.high:,.{digits}f}]" if row.seeds > 1 else ""
+            texts.append(f"{row.value:,.{digits}f}{interval} ({row.seeds})")
+        cells = block.assign(text=texts).pivot(index="method", columns="agent_steps", values="text").fillna("")
+        lines += ["", f"**{game}, {metric.replace('_', ' ')}**", ""]
+        rows = [[method, *cells.loc[method]] for method in block["method"].unique()]
+        lines += markdown_table(["method", *map(EngFormatter(), cells.columns)], rows)
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> None:
-    options = parse_args(argv)
-    if not options.paths and not options.runs:
-        fail("no runs given: name a folder, or --runs METHOD=PATH")
+    options = tyro.cli(Options, description=__doc__.splitlines()[0], args=argv)
+    for steps in (*options.at, 1 if options.window is None else options.window):
+        if not 1 <= steps < math.inf:
+            fail(f"{steps} is no number of agent steps: --window and --at take at least 1, for instance 1e6")
+    options.window = options.window and int(options.window)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every resume
-    runs = [run for path in options.paths for run in find_runs(path, None)]
-    for spec in options.runs:
-        method, equals, path = spec.partition("=")
-        if not (method and equals and path):
-            fail(f"--runs {spec}: must be METHOD=PATH")
-        runs += find_runs(path, method.strip())
+    runs = find_runs(options)
     spelling: dict[str, str] = {}
     for run in runs:
         run.game = spelling.setdefault(game_key(run.game), run.game)
     check_runs(runs)
-    options.window = default_window(runs) if options.window is None else options.window
-    if not any(len(grid_of([run], options.window)) for run in runs):
-        fail(f"--window {options.window}: longer than every run")
-    for run in runs:
-        if not len(grid_of([run], options.window)):
-            warn(f"{run.source} is left out: shorter than the window of {options.window:,} steps")
-    games = sorted({run.game for run in runs})
-    methods = list(dict.fromkeys(run.method for run in runs))
+    games, methods = sorted(spelling.values()), list(dict.fromkeys(run.method for run in runs))
     references = read_references(options, games)
+    options.at = [int(steps) for steps in options.at] or default_table_steps(runs, options.window)
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same picture is the same file
+    curves = window_means(runs, options.window)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         for game, metric in itertools.product(games, METRICS):
             path = options.output / f"{game}_{metric}"
-            if draw(path, game, metric, runs, references, methods, options):
+            others = [run for run in references if game_key(run.game) == game_key(game)]
+            below = window_means(others, options.window) if others else curves[:0]
+            if draw(path, metric, curves[curves["game"] == game], below, methods, options):
                 print(f"{path}.png, .svg")
         table = table_rows(runs, games, options)
         table.to_csv(options.output / "table.csv", index=False, float_format="%.6g")
         (options.output / "table.md").write_text(text := markdown(table, options))
-        curve_rows(runs, options.window).to_csv(options.output / "curves.csv", index=False, float_format="%.6g")
+        curves.to_csv(options.output / "curves.csv", index=False, float_format="%.6g")
     except OSError as error:
         fail(f"cannot write to {options.output}: {error.strerror}")
     print(f"{options.output}/table.md, table.csv, curves.csv\n\n{text}")

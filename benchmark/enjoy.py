@@ -5,17 +5,13 @@
     python benchmark/enjoy.py runs/NAME --script ~/mine/my_snd.py
 
 An episode is a whole game, under the protocol the run was trained with, on EnvPool whatever the run's backend was. No
-screen is needed.
+screen is needed. The film shows the first games one after the other, the GIF the start of the best of them.
 """
 
-import argparse
 import contextlib
-import importlib.util
-import itertools
-import os
-import re
+import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +23,35 @@ import cv2
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from cli import check_output, fail
+import tyro
+from cli import check_least, fail, make_folder_of, one_line
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]  # where the training scripts are
 FRAME_RATE = 15  # pictures a second: the console's 60, of which an agent sees every fourth
 STRIP = 30  # pixels below the game's picture, for the numbers
+FILM_SCALE, GIF_SCALE = 3, 2  # the film is 480 x 720 pixels, the GIF 320 x 480
 GIF_SECONDS = 30  # longer ones get too large to show
+
+
+@dataclass
+class Options:
+    run: tyro.conf.Positional[Path]
+    """folder of a run, with its checkpoint.pt"""
+    episodes: int = 5
+    """games to play"""
+    film_episodes: int = 5
+    """how many of them to film; 0: no film"""
+    greedy: bool = False
+    """take the likeliest action instead of drawing one from the policy"""
+    seed: int = 1
+    """seed of the games and of the actions"""
+    max_steps: int | None = None
+    """end a game after this many agent steps; unset: at its end"""
+    output: Path | None = None
+    """film, without ending; unset: RUN/enjoy"""
+    script: Path | None = None
+    """the training script, where it is not the project's own"""
 
 
 @dataclass
@@ -52,40 +70,30 @@ def load_run(run_dir: Path, scripts: Sequence[Path] = ()) -> tuple[ModuleType, A
     The checkpoint names the script, which is one of `scripts` or lies in the project's folder.
     """
     path = run_dir / "checkpoint.pt"
-    if not os.path.isfile(path):
-        fail(f"{run_dir}: give the folder of a run, with its checkpoint.pt")
-    given = {script.stem: script for script in scripts}
     try:
         name = torch.load(path, map_location="cpu", weights_only=True)["script"]
-        known = name in given or (bool(re.fullmatch(r"\w+", name)) and (ROOT / f"{name}.py").is_file())
+    except OSError:
+        fail(f"{run_dir}: give the folder of a run, with its checkpoint.pt")
     except Exception as error:  # whatever a broken or foreign file makes the reader raise
-        fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}")
-    if not known:
-        fail(f"{path} was written by {name}.py, which is not in {ROOT}; give its path with --script")
-    script = given.get(name, ROOT / f"{name}.py")
-    folder = str(script.resolve().parent)
-    for name in ("models", script.stem):  # a copied script has a models.py of its own
-        sys.modules.pop(name, None)
-    sys.path.insert(0, folder)
+        fail(f"{path} is not a readable checkpoint: {one_line(error)}")
+    script = next((script for script in scripts if script.stem == name), ROOT / f"{name}.py")
+    for module_name in ("models", name):  # a copied script has a models.py of its own
+        sys.modules.pop(module_name, None)
     try:
-        module = importlib.import_module(script.stem)
+        with patch.object(sys, "path", [str(script.resolve().parent), *sys.path]):
+            module = importlib.import_module(name)
         checkpoint = module.load_checkpoint(run_dir)
     except (ImportError, AttributeError, SyntaxError) as error:
-        fail(f"{script} is not a training script of this project: {error}")
-    finally:
-        sys.path.remove(folder)
+        fail(f"{path} was written by {name}.py; {script} is no such training script: {error}; give one with --script")
     return module, replace(checkpoint["args"], compile=False), checkpoint
 
 
 def load_runs(run_dirs: Iterable[Path], scripts: Sequence[Path]) -> dict[Path, tuple[ModuleType, Any, dict]]:
     """{folder: what load_run returns}; exit status 2 also for one of `scripts` that is not there or not needed."""
-    for script in scripts:
-        if not script.is_file():
-            fail(f"--script {script}: there is no such file")
     runs = {run_dir: load_run(run_dir, scripts) for run_dir in dict.fromkeys(run_dirs)}
     for script in scripts:
-        if script.stem not in {checkpoint["script"] for _, _, checkpoint in runs.values()}:
-            fail(f"--script {script}: no checkpoint was written by a script of that name")
+        if script.resolve() not in {Path(module.__file__) for module, _, _ in runs.values()}:
+            fail(f"--script {script}: there is no such file, or no checkpoint was written by a script of that name")
     return runs
 
 
@@ -94,10 +102,10 @@ def make_envs(module: ModuleType, args: Any, seed: int) -> Any:
 
     The script asks EnvPool for its games, so the one option that it does not know is added to what it asks for.
     """
-    if not importlib.util.find_spec("envpool"):
+    try:
+        import envpool
+    except ImportError:
         fail("games are played on EnvPool, whatever the run's own backend: pip install envpool")
-    import envpool
-
     module.check_args(args := replace(args, seed=seed, env_backend="envpool", track=False))
     with patch.object(envpool, "make", partial(envpool.make, render_mode="rgb_array")):
         return module.AtariEnvs(args, seed)
@@ -147,10 +155,11 @@ def play(
     learner: Any,
     seed: int,
     greedy: bool,
-    max_steps: int | None,
-    film: Callable[[np.ndarray], None] | None,
+    max_steps: int | None = None,
+    film: Callable[[np.ndarray], None] | None = None,
+    bar: tqdm | None = None,
 ) -> Episode:
-    """Play one game to its end (or for `max_steps`); hands each picture to `film` unless that is None."""
+    """Play one game to its end (or for `max_steps`); hands each picture to `film` and counts the steps on `bar`."""
     envs = make_envs(module, replace(args, num_envs=1), seed)
     device = next(learner.agent.parameters()).device
     rooms, room, int_rewards, was_reset = set(), None, [], False
@@ -171,35 +180,9 @@ def play(
         was_reset = envs.resets[0].copy()
         envs.send(0, choose_actions(module, learner, args, obs, greedy).astype(np.int32))
         envs.recv(0)
-
-
-@contextlib.contextmanager
-def film_to(path: Path) -> Iterator[Callable[[np.ndarray], None]]:
-    """Gives a function that takes one picture after the other; PATH.mp4 and PATH.gif are there when all is done.
-
-    Raises OSError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mp4, gif = (path.with_name(f".{path.name}.part{ending}") for ending in (".mp4", ".gif"))
-    mp4_options = dict(fps=FRAME_RATE, codec="libx264", quality=8, ffmpeg_log_level="error")
-    numbers = itertools.count()
-    try:
-        with (
-            imageio.get_writer(mp4, **mp4_options) as mp4_writer,
-            imageio.get_writer(gif, duration=2000 / FRAME_RATE, loop=0) as gif_writer,
-        ):
-
-            def add(image: np.ndarray) -> None:
-                mp4_writer.append_data(image)
-                if (number := next(numbers)) < GIF_SECONDS * FRAME_RATE and number % 2 == 0:
-                    gif_writer.append_data(image)
-
-            yield add
-        mp4.replace(f"{path}.mp4")
-        gif.replace(f"{path}.gif")
-    finally:
-        mp4.unlink(missing_ok=True)
-        gif.unlink(missing_ok=True)
+        if bar is not None:
+            bar.set_postfix(score=f"{envs.scores[0]:,.0f}", refresh=False)
+            bar.update()
 
 
 def summary(episodes: list[Episode]) -> str:
@@ -218,63 +201,58 @@ def summary(episodes: list[Episode]) -> str:
     return "\n".join(lines)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; exit status 2 if a number makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a run, with its checkpoint.pt")
-    parser.add_argument("--episodes", type=int, default=5, help="games to play (default: 5)")
-    parser.add_argument(
-        "--film-episodes", type=int, default=1, help="how many of them to film (default: 1; 0: no film)"
-    )
-    parser.add_argument(
-        "--greedy", action="store_true", help="take the likeliest action (default: draw from the policy)"
-    )
-    parser.add_argument("--seed", type=int, default=1, help="of the games and of the actions (default: 1)")
-    parser.add_argument("--max-steps", type=int, help="end a game after this many agent steps (default: at its end)")
-    parser.add_argument("--output", type=Path, help="film, without ending (default: RUN/enjoy)")
-    parser.add_argument("--script", type=Path, help="the training script, where it is not the project's own")
-    options = parser.parse_args(argv)
-    for name, least in dict(episodes=1, film_episodes=0, max_steps=1).items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            fail(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    return options
+def play_all(module: ModuleType, args: Any, learner: Any, options: Options, output: Path) -> list[Episode]:
+    """Play all games and film the first ones as `output` with .mp4 and .gif. Raises OSError."""
+    episodes, best_score, best_film = [], -np.inf, []
+    film = contextlib.nullcontext()
+    if options.film_episodes:
+        scale = ["-vf", f"scale=iw*{FILM_SCALE}:ih*{FILM_SCALE}:flags=neighbor"]
+        how = dict(fps=FRAME_RATE, codec="libx264", quality=8, ffmpeg_log_level="error", output_params=scale)
+        film = imageio.get_writer(f"{output}.mp4", **how)
+    with film, tqdm(unit=" steps", disable=None) as bar:  # None: only in a terminal
+        for i in range(options.episodes):
+            pictures = []
+
+            def add(image: np.ndarray, pictures: list[np.ndarray] = pictures) -> None:
+                film.append_data(image)
+                if len(pictures) < GIF_SECONDS * FRAME_RATE:
+                    pictures.append(image)
+
+            bar.reset()
+            bar.set_description_str(f"game {i + 1} of {options.episodes}")
+            rules = (options.seed + i, options.greedy, options.max_steps)
+            episode = play(module, args, learner, *rules, add if i < options.film_episodes else None, bar)
+            episodes.append(episode)
+            if pictures and episode.score > best_score:
+                best_score, best_film = episode.score, pictures
+    if best_film:
+        images = [image.repeat(GIF_SCALE, axis=0).repeat(GIF_SCALE, axis=1) for image in best_film[::2]]
+        imageio.mimwrite(f"{output}.gif", images, duration=2000 / FRAME_RATE, loop=0)
+    return episodes
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse_args(argv)
+    options = tyro.cli(Options, description=__doc__.splitlines()[0], args=argv)
+    check_least(options, episodes=1, film_episodes=0, max_steps=1)
     output = options.output or options.run / "enjoy"
-    if options.film_episodes:
-        check_output(output)
     (run,) = load_runs([options.run], [options.script] if options.script else []).values()
     module, args, checkpoint = run
+    if options.film_episodes:
+        make_folder_of(output)
     envs = make_envs(module, replace(args, num_envs=1), options.seed)  # tells how many actions the game has
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     learner = load_learner(module, args, checkpoint, envs.num_actions, device)
     torch.manual_seed(options.seed)
-
     step = checkpoint["counters"]["global_step"]
     print(f"{envs.game}, {checkpoint['script']}, step {step:,}, {'greedy' if options.greedy else 'sampled'} actions")
-    episodes = []
     try:
-        with (
-            film_to(output) if options.film_episodes else contextlib.nullcontext() as film,
-            tqdm(total=options.episodes, unit="episode", disable=None) as bar,  # None: only in a terminal
-        ):
-            for i in range(options.episodes):
-                filmed = film if i < options.film_episodes else None
-                rules = (options.seed + i, options.greedy, options.max_steps)
-                episodes.append(play(module, args, learner, *rules, filmed))
-                bar.set_postfix(score=f"{episodes[-1].score:,.0f}", steps=episodes[-1].length)
-                bar.update()
+        episodes = play_all(module, args, learner, options, output)
     except OSError as error:
-        if episodes:
-            print(summary(episodes))
-        fail(f"cannot write to {output.parent}: {error.strerror or str(error).splitlines()[0]}")
+        fail(f"cannot write to {output.parent}: {error.strerror or one_line(error)}")
     print(summary(episodes))
-    if options.film_episodes:
-        seconds = sum(episode.length + 1 for episode in episodes[: options.film_episodes]) / FRAME_RATE
-        print(f"{output}.mp4, {output}.gif: {seconds:.0f} s of play")
+    if filmed := episodes[: options.film_episodes]:
+        seconds, best = sum(e.length + 1 for e in filmed) / FRAME_RATE, 1 + np.argmax([e.score for e in filmed])
+        print(f"{output}.mp4: {seconds:.0f} s, games 1 to {len(filmed)}; {output}.gif: game {best}")
 
 
 if __name__ == "__main__":

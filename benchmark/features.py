@@ -13,10 +13,9 @@ two (t-SNE), coloured by room; the numbers beside it are taken in all 512:
 Beside them stands each run's mean intrinsic reward in each room: rooms that the run has not seen should pay more.
 """
 
-import argparse
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from cli import check_output, fail
+import tyro
+from cli import check_least, fail, make_folder_of, markdown_table
 from enjoy import choose_actions, intrinsic_rewards, load_learner, load_runs, make_envs
 from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
@@ -36,6 +36,28 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
 
+@dataclass
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs of one game, each a panel of the figure"""
+    policy: Path | None = None
+    """the run whose policy collects the states; unset: the last one"""
+    states: int = 2000
+    """states to embed"""
+    every: int = 10
+    """agent steps between two kept states"""
+    games: int = 8
+    """games played side by side"""
+    random_actions: float = 0.0
+    """share of actions drawn at random, from 0 to 1"""
+    seed: int = 1
+    """seed of the games, the actions and t-SNE"""
+    output: Path = Path("features")
+    """results, without ending"""
+    script: tuple[Path, ...] = ()
+    """training scripts of the runs that are not the project's own"""
+
+
 def collect_states(
     module: ModuleType, learner: Any, args: Any, envs: Any, num_states: int, every: int, random_actions: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -45,21 +67,19 @@ def collect_states(
     """
     rng, device = np.random.default_rng(args.seed), next(learner.agent.parameters()).device
     states, rooms, last_ram, first = [], [], envs.infos[0]["ram"], np.ones(args.num_envs, bool)
-    current, count = np.full(args.num_envs, -1), 0
-    with tqdm(total=num_states, unit="state", disable=None) as bar:  # None: only in a terminal
+    current = np.full(args.num_envs, -1)
+    with tqdm(total=num_states, unit=" states", disable=None) as bar:  # None: only in a terminal
         for step in itertools.count(1):
             obs = envs.next_obs[0]  # all games form one group
             seen = module.rooms_of(envs.game, envs.infos[0]["ram"], last_ram, first)
             current = np.where(seen >= 0, seen, current)
             if step % every == 0:
                 keep = current >= 0
-                states.append(obs[keep])
-                rooms.append(current[keep])
-                new = min(int(keep.sum()), num_states - count)
-                count += new
-                bar.update(new)
-            if count == num_states:
-                return np.concatenate(states)[:num_states], np.concatenate(rooms)[:num_states]
+                states.extend(obs[keep])
+                rooms.extend(current[keep])
+                bar.update(keep.sum())
+            if len(states) >= num_states:
+                return np.stack(states[:num_states]), np.array(rooms[:num_states])
             actions = choose_actions(module, learner, args, torch.from_numpy(obs).to(device), greedy=False)
             explore = rng.random(args.num_envs) < random_actions
             actions[explore] = rng.integers(envs.num_actions, size=explore.sum())
@@ -99,79 +119,46 @@ def room_numbers(features: np.ndarray, rooms: np.ndarray) -> dict[str, float]:
 
 def draw(path: Path, game: str, points: dict[str, np.ndarray], rooms: np.ndarray, numbers: dict[str, dict]) -> None:
     """Write the figure as PNG and SVG: a panel per run, the same colours and markers of rooms in all."""
-    figure, panels = plt.subplots(
-        1, len(points), figsize=(5 * len(points) + 1.5, 5), layout="constrained", squeeze=False
-    )
+    size = (5 * len(points) + 1.5, 5)
+    figure, panels = plt.subplots(1, len(points), figsize=size, layout="constrained", squeeze=False)
     for axes, (label, xy) in zip(panels[0], points.items(), strict=True):
         for i, room in enumerate(np.unique(rooms)):
             inside = rooms == room
             style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], rasterized=True)
             axes.scatter(*xy[inside].T, s=10, alpha=0.7, linewidths=0, label=f"{room} ({inside.sum():,})", **style)
-        values = numbers[label]
-        axes.set_title(
-            f"{label}\nroom purity {values['room_purity']:.3f} (chance {values['room_purity_by_chance']:.3f}), "
-            f"spread in rooms {values['spread_in_rooms']:.3f}",
-            fontsize=10,
-        )
+        purity, chance, spread, _ = numbers[label].values()
+        title = f"{label}\nroom purity {purity:.3f} (chance {chance:.3f}), spread in rooms {spread:.3f}"
+        axes.set_title(title, fontsize=10)
         axes.set(xticks=[], yticks=[], xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
     columns = 1 + len(np.unique(rooms)) // 20
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, title="room (states)", loc="outside right center", markerscale=2, ncols=columns)
     figure.suptitle(f"{game}: the target's 512 features of the same {len(rooms):,} states")
-    figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)
-    figure.savefig(path.with_name(f"{path.name}.svg"), dpi=150, metadata={"Date": None})
+    figure.savefig(f"{path}.png", dpi=150)
+    figure.savefig(f"{path}.svg", dpi=150, metadata={"Date": None})
     plt.close(figure)
 
 
 def markdown(game: str, numbers: dict[str, dict], rooms: np.ndarray) -> str:
     """The numbers as a table."""
-    lines = [
-        f"{game}, {len(rooms):,} states in {len(np.unique(rooms))} rooms, {NEIGHBOURS} neighbours",
-        "",
-        "| run | room purity | by chance | spread in rooms |",
-        "|---|---|---|---|",
-    ]
-    for label, values in numbers.items():
-        columns = ["room_purity", "room_purity_by_chance", "spread_in_rooms"]
-        lines.append(f"| {label} | " + " | ".join(f"{values[column]:.3f}" for column in columns) + " |")
+    columns = ["room_purity", "room_purity_by_chance", "spread_in_rooms"]
     names = [f"room {room} ({(rooms == room).sum():,})" for room in np.unique(rooms)]
-    lines += ["", f"| mean intrinsic reward (states) | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    shares, rewards = [], []
     for label, values in numbers.items():
-        rewards = [f"{reward:.5f}" for reward in values["intrinsic_reward"].values()]
-        lines.append(f"| {label} | {' | '.join(rewards)} |")
+        shares.append([label, *(f"{values[column]:.3f}" for column in columns)])
+        rewards.append([label, *(f"{reward:.5f}" for reward in values["intrinsic_reward"].values())])
+    lines = [f"{game}, {len(rooms):,} states in {len(names)} rooms, {NEIGHBOURS} neighbours", ""]
+    lines += markdown_table(["run", "room purity", "by chance", "spread in rooms"], shares)
+    lines += ["", *markdown_table(["mean intrinsic reward (states)", *names], rewards)]
     return "\n".join(lines) + "\n"
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; exit status 2 if a number makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of one game, each a panel of the figure")
-    parser.add_argument("--policy", type=Path, help="the run whose policy collects the states (default: the last one)")
-    parser.add_argument("--states", type=int, default=2000, help="states to embed (default: 2000)")
-    parser.add_argument("--every", type=int, default=10, help="agent steps between two kept states (default: 10)")
-    parser.add_argument("--games", type=int, default=8, help="games played side by side (default: 8)")
-    parser.add_argument(
-        "--random-actions", type=float, default=0.0, help="share of actions drawn at random, in [0, 1] (default: 0)"
-    )
-    parser.add_argument("--seed", type=int, default=1, help="of the games, the actions and t-SNE (default: 1)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("features"), help="results, without ending (default: features)"
-    )
-    parser.add_argument(
-        "--script", type=Path, nargs="+", default=[], help="training scripts of the runs that are not the project's own"
-    )
-    options = parser.parse_args(argv)
-    for name, least in dict(states=NEIGHBOURS + 2, every=1, games=1, random_actions=0).items():
-        if not getattr(options, name) >= least:
-            fail(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
-    if options.random_actions > 1:
-        fail(f"--random-actions {options.random_actions}: must be in [0, 1]")
-    return options
-
-
 def main(argv: list[str] | None = None) -> None:
-    options = parse_args(argv)
-    check_output(options.output)
+    options = tyro.cli(Options, description=__doc__.splitlines()[0], args=argv)
+    check_least(options, states=NEIGHBOURS + 2, every=1, games=1, random_actions=0)
+    if not options.runs:
+        fail("give the folders of runs, each with its checkpoint.pt")
+    make_folder_of(options.output)
     policy = options.policy or options.runs[-1]
     loaded = load_runs([*options.runs, policy], options.script)
     games = {run: module.game_of(args) for run, (module, args, _) in loaded.items()}
@@ -190,10 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     chosen = (options.states, options.every, options.random_actions)
     states, rooms = collect_states(module, learners[policy], args, envs, *chosen)
-
     if len(np.unique(rooms)) == 1:
         fail(f"only room {rooms[0]} of {game} was seen: raise --random-actions, --every or --states")
-
     points, numbers = {}, {}
     for run in options.runs:
         module, args, checkpoint = loaded[run]
@@ -209,13 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     record = {"game": game, "states": len(rooms), "neighbours": NEIGHBOURS, "policy": str(policy), "runs": numbers}
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "features"  # the same picture is the same file
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        draw(options.output, game, points, rooms, numbers)
-        options.output.with_name(f"{options.output.name}.json").write_text(json.dumps(record, indent=2) + "\n")
-        options.output.with_name(f"{options.output.name}.md").write_text(text)
-    except OSError as error:
-        fail(f"cannot write to {options.output.parent}: {error.strerror}")
+    draw(options.output, game, points, rooms, numbers)
+    Path(f"{options.output}.json").write_text(json.dumps(record, indent=2) + "\n")
+    Path(f"{options.output}.md").write_text(text)
     print(f"\n{text}\n{options.output}.png, .svg, .json, .md")
 
 

@@ -13,6 +13,7 @@ finished, 1 a run failed, 2 wrong usage, 130 stopped.
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -21,14 +22,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import submitit
 import tyro
-from cli import fail
+from cli import check_least, fail
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -85,44 +87,36 @@ class Run:
 
 def make_runs(args: Args, extra_flags: list[str]) -> list[Run]:
     """All runs, first seeds first; exit status 2 for arguments that make no runs."""
-    least = dict(num_seeds=1, start_seed=0, total_timesteps=1, workers=1, slurm_minutes=5, slurm_gpus=0, slurm_cpus=1)
-    for flag, value in least.items():
-        if getattr(args, flag) < value:
-            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {value}")
-    runs = {}
-    for seed in range(args.start_seed, args.start_seed + args.num_seeds):
-        for method, command in args.commands:
-            if not re.fullmatch(r"[^\W_][\w.+-]*", method):
-                fail(f"--commands {method!r}: a name has letters, digits and, later, _ . + - (it becomes a folder)")
-            try:
-                words = shlex.split(command)
-            except ValueError as error:
-                fail(f"--commands {method} {command!r}: {error}")
-            if not words:
-                fail(f"--commands {method}: the command is empty")
-            for env_id in args.env_ids:
-                game = re.sub(r"^ALE/|NoFrameskip-v4$|-v5$", "", env_id)
-                if not re.fullmatch(r"\w+", game):
-                    fail(f"--env-ids {env_id!r}: not the id of a game (its name becomes a folder)")
-                name = f"{method}/{game}/seed_{seed}"
-                if name in runs:
-                    fail(f"{method} in {game} is given twice")
-                flags = {"run-name": name, "env-id": env_id, "seed": seed, "total-timesteps": args.total_timesteps}
-                added = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-                runs[name] = Run(name, words + added + extra_flags)
+    check_least(args, num_seeds=1, start_seed=0, total_timesteps=1, workers=1)
+    check_least(args, slurm_minutes=5, slurm_gpus=0, slurm_cpus=1)
+    seeds, runs = range(args.start_seed, args.start_seed + args.num_seeds), {}
+    for seed, (method, command), env_id in itertools.product(seeds, args.commands, args.env_ids):
+        game = re.sub(r"^ALE/|NoFrameskip-v4$|-v5$", "", env_id)
+        name = f"{method}/{game}/seed_{seed}"
+        if not re.fullmatch(r"[^\W_][\w.+-]*/\w+/seed_\d+", name):
+            fail(f"{method!r} in {env_id!r} makes no folder: a method's name has letters, digits and, later, _ . + -")
+        if name in runs:
+            fail(f"{method} in {game} is given twice")
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            fail(f"--commands {method} {command!r}: {error}")
+        if not words:
+            fail(f"--commands {method}: the command is empty")
+        words += f"--run-name {name} --env-id {env_id} --seed {seed} --total-timesteps {args.total_timesteps}".split()
+        runs[name] = Run(name, words + extra_flags)
     if not runs:
         fail("--commands and --env-ids need at least one entry each")
     return list(runs.values())
 
 
-def last_line(path: Path) -> str:
+def last_line(log: Path) -> str:
     """The last line of a log that is not blank; "" if there is none."""
-    if not path.exists():
-        return ""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
+    with contextlib.suppress(FileNotFoundError), open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ""
 
 
 def start(run: Run, env: dict[str, str], before: Callable) -> subprocess.Popen:
@@ -161,14 +155,9 @@ class Report:
 
     def __init__(self, runs: list[Run]):
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.total, self.count = len(runs), {"finished": 0, "skipped": 0, "failed": 0, "stopped": 0}
         self.failures: list[str] = []
-
-    @contextlib.contextmanager
-    def live(self) -> Iterator[None]:
-        """Show the table as long as the block runs."""
-        with Live(console=self.console, auto_refresh=False, transient=True) as self.table:
-            yield
 
     def show(self, draw: Callable, *what: object, **how: object) -> None:
         """Call a method of rich; where the terminal or the pipe is gone or the disk is full, go on in silence."""
@@ -181,9 +170,6 @@ class Report:
         """Print a line."""
         self.show(self.console.print, line)
 
-    def started(self, run: Run, where: str) -> None:
-        self.say(f"started   {run.name} ({where}, log {run.log})")
-
     def ended(self, run: Run, outcome: str, reason: str = "") -> None:
         """outcome is a key of `count`; reason says why a run failed."""
         self.count[outcome] += 1
@@ -194,23 +180,20 @@ class Report:
 
     def redraw(self, running: list[tuple[Run, str]]) -> None:
         """Redraw the table: the last line of the log of each (run, its time or state)."""
-        if not self.console.is_terminal:
-            return
-        table = Table(box=None, show_header=False, title=self.summary(len(running)), title_justify="left", expand=True)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, justify="right")
-        table.add_column(no_wrap=True, ratio=1)
-        for run, state in running:
-            table.add_row(run.name, state, last_line(run.log))
-        self.show(self.table.update, table, refresh=True)
+        if self.console.is_terminal:
+            title = self.summary(len(running))
+            table = Table(box=None, show_header=False, title=title, title_justify="left", expand=True)
+            for options in ({}, {"justify": "right"}, {"ratio": 1}):
+                table.add_column(no_wrap=True, **options)
+            for run, state in running:
+                table.add_row(run.name, state, last_line(run.log))
+            self.show(self.live.update, table, refresh=True)
 
     def summary(self, running: int = 0) -> str:
         """All counts in one line."""
-        waiting = self.total - sum(self.count.values()) - running
-        counts = self.count | {"running": running, "waiting": waiting}
-        return f"{self.total} run{'s' * (self.total > 1)}: " + ", ".join(
-            f"{n} {what}" for what, n in counts.items() if n
-        )
+        counts = self.count | {"running": running, "waiting": self.total - sum(self.count.values()) - running}
+        counts = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        return f"{self.total} run{'s' * (self.total > 1)}: {counts}"
 
     def exit_status(self) -> int:
         """Print the failures once more and the summary. 0 all finished, 1 a run failed, 130 stopped before the end."""
@@ -221,22 +204,13 @@ class Report:
         return 130 if unfinished else int(self.count["failed"] > 0)
 
 
-class StopSignal:
-    """Counts Ctrl-C, SIGTERM and (unless under nohup) SIGHUP."""
-
-    def __init__(self):
-        self.count = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
-                signal.signal(number, self.catch)
-
-    def catch(self, _number: int, _frame: object) -> None:
-        self.count += 1
-
-
-def hours(seconds: float) -> str:
-    """3700 -> "1:01 h"."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02} h"
+def catch_stop_signals() -> list[int]:
+    """A list that receives every Ctrl-C, SIGTERM and (unless under nohup) SIGHUP."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+            signal.signal(number, lambda number, _frame: caught.append(number))
+    return caught
 
 
 # ---- This machine ---------------------------------------------------------------------------------------------------
@@ -246,10 +220,8 @@ def visible_gpus() -> list[str]:
     """Names of the GPUs that runs may use, as CUDA_VISIBLE_DEVICES takes them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    if not shutil.which("nvidia-smi"):
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True)
+    query = "nvidia-smi --query-gpu=index --format=csv,noheader"
+    found = subprocess.run(query, shell=True, capture_output=True, text=True)
     return found.stdout.split() if found.returncode == 0 else []  # it complains on its standard output
 
 
@@ -265,18 +237,18 @@ def run_here(runs: list[Run], workers: int) -> int:
 
     The first stop signal is passed on as one SIGTERM, at which a run writes its checkpoint; the second ends it at once.
     """
-    stop, passed_on, report, waiting = StopSignal(), 0, Report(runs), list(reversed(runs))
+    stops, passed_on, report, waiting = catch_stop_signals(), 0, Report(runs), list(reversed(runs))
     cores, gpus = sorted(os.sched_getaffinity(0)), visible_gpus()
     running: dict[int, tuple[Run, float, subprocess.Popen]] = {}  # by slot
-    with report.live():
-        while running or (waiting and not stop.count):
-            if stop.count > passed_on:
-                passed_on = stop.count
+    with report.live:
+        while running or (waiting and not stops):
+            if len(stops) > passed_on:
+                passed_on = len(stops)
                 report.say(f"stopping after a checkpoint: {len(running)} of {len(runs)} runs; once more stops now")
                 for _, _, process in running.values():
                     process.terminate()
             for slot in range(workers):
-                if slot in running or not waiting or stop.count:
+                if slot in running or not waiting or stops:
                     continue
                 run, share = waiting.pop(), share_of_cores(cores, slot, workers)
                 env = {"OMP_NUM_THREADS": str(len(share))}
@@ -290,18 +262,18 @@ def run_here(runs: list[Run], workers: int) -> int:
                     report.ended(run, "failed", f"{error.filename}: {error.strerror}")
                     continue
                 running[slot] = (run, time.time(), process)
-                report.started(run, where)
+                report.say(f"started   {run.name} ({where}, log {run.log})")
             for slot, (run, _, process) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[slot]
                 if process.returncode == 0:
                     report.ended(run, finished_or_skipped(run))
-                elif stop.count and process.returncode in STOPPED:
+                elif stops and process.returncode in STOPPED:
                     report.ended(run, "stopped")
                 else:
                     report.ended(run, "failed", f"exit status {process.returncode}: {last_line(run.log)}")
-            report.redraw([(run, hours(time.time() - start_time)) for run, start_time, _ in running.values()])
+            report.redraw([(run, str(timedelta(seconds=int(time.time() - t)))) for run, t, _ in running.values()])
             time.sleep(0.2)
     return report.exit_status()
 
@@ -352,10 +324,9 @@ class SlurmRun:
 
 def run_on_slurm(runs: list[Run], args: Args) -> int:
     """Submit everything as one job array and watch it; returns the exit status. Ctrl-C only ends the watching."""
-    for program in ("sbatch", "srun"):
-        if not shutil.which(program):
-            fail(f"--slurm-partition {args.slurm_partition}: there is no {program} on this machine")
-    stop = StopSignal()  # before a job is submitted whose number would not be shown
+    if not shutil.which("srun"):
+        fail(f"--slurm-partition {args.slurm_partition}: there is no SLURM on this machine")
+    stops = catch_stop_signals()  # before a job is submitted whose number would not be shown
     executor = submitit.SlurmExecutor("runs/slurm/%j", max_num_timeout=1000)
     executor.update_parameters(
         job_name="benchmark",
@@ -375,15 +346,17 @@ def run_on_slurm(runs: list[Run], args: Args) -> int:
         fail((str(error).strip().splitlines() or ["sbatch refused the jobs"])[-1])
     report, left = Report(runs), list(zip(jobs, runs, strict=True))
     for job, run in left:
-        report.started(run, f"job {job.job_id}")
+        report.say(f"started   {run.name} (job {job.job_id}, log {run.log})")
+    # Prints "ID STATE" for each of the user's jobs that is not over; unlike sacct it needs no accounting database.
+    queue_command = ["squeue", "--me", "--array", "--noheader", "--format=%i %T"]
     next_look, states, missed = 0.0, {}, {}
-    with report.live():
-        while left and not stop.count:
+    with report.live:
+        while left and not stops:
             time.sleep(0.2)
             if time.time() < next_look:
                 continue
             next_look = time.time() + 5
-            queue = subprocess.run(QUEUE, capture_output=True, text=True)
+            queue = subprocess.run(queue_command, capture_output=True, text=True)
             if queue.returncode:
                 continue  # the controller is busy or away
             states = dict(line.split() for line in queue.stdout.splitlines())
@@ -401,10 +374,6 @@ def run_on_slurm(runs: list[Run], args: Args) -> int:
         ids = " ".join(job.job_id for job, _ in left)
         report.say(f"the other jobs go on without this watch; to stop them: scancel {ids}")
     return report.exit_status()
-
-
-# Prints "ID STATE" for each of the user's jobs that is not over; unlike sacct it needs no accounting database.
-QUEUE = ["squeue", "--me", "--array", "--noheader", "--format=%i %T"]
 
 
 def main() -> None:

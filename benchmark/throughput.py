@@ -1,80 +1,52 @@
 """How fast a training script runs on this machine, and where the time of one of its iterations goes.
 
-    python benchmark/throughput.py --script ppo_snd_atari --model C --num-envs 128
+    python benchmark/throughput.py
     python benchmark/throughput.py --script ppo_rnd_atari --model A --num-envs 16 --num-minibatches 4 --out speed.json
 
-The script's own `main` runs, in a temporary folder, with clocks around the functions that it calls; nothing of its
-loop is repeated here. Before and after it, as many environments are stepped, all at once, with random actions and
-nothing else: the emulators' own speed. Every figure is a median over the iterations but the first; on a GPU the second,
-in which kernels are recorded, is left out too, and `main` runs twice: once as it is, for the training rate, and once
-waiting for the GPU after each part, for the parts.
+All other flags are the script's own (python ppo_snd_atari.py --help). Its `main` runs, in a temporary folder, with
+clocks around the functions that it calls; nothing of its loop is repeated here. Before and after it, as many
+environments are stepped, all at once, with random actions and nothing else: the emulators' own speed. Every figure is a
+median over the iterations but the first; on a GPU the second, in which kernels are recorded, is left out too, and
+`main` runs twice: once as it is, for the training rate, and once waiting for the GPU after each part, for the parts.
 """
 
 import contextlib
 import importlib
+import io
 import itertools
 import json
 import os
 import platform
-import re
 import resource
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import tyro
-from cli import check_output, fail
+from cli import check_least, make_folder_of
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie in the folder above
-
-Script = Literal["ppo_rnd_atari", "ppo_snd_atari", "ppo_snd_entropy_atari"]
 
 
 @dataclass
 class Options:
-    script: Script = "ppo_snd_atari"
-    """training script to measure"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to train; auto takes the GPU if there is one"""
+    script: Literal["ppo_rnd_atari", "ppo_snd_atari", "ppo_snd_entropy_atari"] = "ppo_snd_atari"
+    """training script to measure; it gets all flags that are not listed here"""
     iterations: int = 5
     """iterations to run, at least 2, on a GPU 3: the first, there the first two, are not counted"""
     out: Path | None = None
     """JSON file for the figures"""
 
-    # handed on to the script
-    env_id: str = "MontezumaRevengeNoFrameskip-v4"
-    """the game"""
-    env_backend: Literal["envpool", "gymnasium"] = "envpool"
-    """EnvPool, or ale-py behind gymnasium's vector interface"""
-    model: Literal["A", "B", "C", "D"] = "C"
-    """architecture of policy and value"""
-    num_envs: int = 128
-    """games played side by side"""
-    num_steps: int = 128
-    """steps of each environment between two updates"""
-    num_minibatches: int = 32
-    """minibatches an epoch"""
-    update_epochs: int = 4
-    """passes over each rollout"""
-    bf16: bool = True
-    """run the policy in bfloat16 where the script does so"""
-    compile: bool = False
-    """compile the networks with torch.compile"""
-
-
-# Handed on as they are.
-SCRIPT_FIELDS = ["env_id", "env_backend", "model", "num_envs", "num_steps", "num_minibatches", "update_epochs"]
-SCRIPT_FIELDS += ["bf16", "compile"]
-NORM_INIT_STEPS = 8  # only of the start, which is not measured
 
 # What each part of an iteration consists of; inference and rest are differences.
 PARTS = {
@@ -86,40 +58,16 @@ PARTS = {
     "logging": ["log"],
     "rest": [],
 }
-PHASES = ["collect_rollout", "save_checkpoint"] + [name for names in PARTS.values() for name in names]
+PHASES = ["collect_rollout", "save_checkpoint", *itertools.chain(*PARTS.values())]
 
 Call = tuple[str, float, float]  # name, start and end in seconds
 
 
-def script_flags(values: dict) -> list[str]:
-    """Command line of {field: value}, as tyro reads it: num_envs=8 is `--num-envs 8`, bf16=False is `--no-bf16`."""
-    flags = []
-    for name, value in values.items():
-        name = name.replace("_", "-")
-        flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return flags
-
-
-def run_main(script: ModuleType, values: dict, folder: Path) -> None:
-    """Run the script's `main` with the arguments `values` in `folder`; its output goes to standard error."""
-    handlers = {number: script.signal.getsignal(number) for number in (script.signal.SIGINT, script.signal.SIGTERM)}
-    argv = [f"{script.SCRIPT}.py", *script_flags(values)]
-    try:
-        with patch.object(sys, "argv", argv), contextlib.chdir(folder), contextlib.redirect_stdout(sys.stderr):
-            script.main()
-    except RuntimeError as error:  # CUDA graphs, cuBLAS and CPUs run out of memory under names of their own
-        if not re.search("out of memory|ALLOC_FAILED|allocate memory", f"{error} {error.__context__}"):
-            raise
-        fail("out of memory: lower --num-envs or --num-steps, or raise --num-minibatches", status=1)
-    finally:
-        for number, handler in handlers.items():
-            script.signal.signal(number, handler)
-
-
 @contextlib.contextmanager
-def timed(script: ModuleType, calls: list[Call], waiting: bool) -> Iterator[None]:
-    """While this is open, `calls` receives every call of a phase of `script`; `waiting`: and of its work on the GPU."""
-    with contextlib.ExitStack() as stack:
+def timed(script: ModuleType, iterations: int, waiting: bool) -> Iterator[list[Call]]:
+    """While this is open, the list receives every call of a phase of `script`; `waiting`: with its work on the GPU."""
+    calls: list[Call] = []
+    with tqdm(total=iterations, unit="iteration", disable=None) as bar, contextlib.ExitStack() as stack:
         for name in PHASES:
             owner_name, _, attribute = name.rpartition(".")
             owner = getattr(script, owner_name) if owner_name else script
@@ -127,12 +75,12 @@ def timed(script: ModuleType, calls: list[Call], waiting: bool) -> Iterator[None
                 # Stepping the emulators is work of the host alone; waiting for the GPU there would measure something
                 # else, and end any overlap of the two.
                 wait = torch.cuda.synchronize if waiting and "AtariEnvs" not in name else lambda: None
-                clocked = with_clock(name, getattr(owner, attribute), calls, wait)
+                clocked = with_clock(name, getattr(owner, attribute), calls, wait, bar)
                 stack.enter_context(patch.object(owner, attribute, clocked))
-        yield
+        yield calls
 
 
-def with_clock(name: str, function: Callable, calls: list[Call], wait: Callable[[], None]) -> Callable:
+def with_clock(name: str, function: Callable, calls: list[Call], wait: Callable[[], None], bar: tqdm) -> Callable:
     """`function`, leaving its name, start and end in `calls`; `wait` lets the device finish first."""
 
     def clocked(*args, **kwargs):
@@ -141,6 +89,7 @@ def with_clock(name: str, function: Callable, calls: list[Call], wait: Callable[
         result = function(*args, **kwargs)
         wait()
         calls.append((name, start, time.perf_counter()))
+        bar.update(name == "log")  # which ends an iteration
         return result
 
     return clocked
@@ -160,7 +109,7 @@ def iteration_parts(calls: list[Call]) -> list[dict[str, float]]:
     return iterations
 
 
-def raw_environment_seconds(script: ModuleType, args: object, repeats: int) -> list[float]:
+def raw_environment_seconds(script: ModuleType, args: Any, repeats: int) -> list[float]:
     """Seconds of `num_steps` steps of all environments with random actions, `repeats` times after a warm-up."""
     envs, _, _ = script.make_envs(args, args.seed, args.num_envs)
     rng, num_actions = np.random.default_rng(args.seed), envs.single_action_space.n
@@ -175,46 +124,56 @@ def raw_environment_seconds(script: ModuleType, args: object, repeats: int) -> l
     return seconds[1:]
 
 
-def uses_gpu(options: Options) -> bool:
-    """Whether `--device` and the machine put the training on a GPU."""
-    return options.device != "cpu" and torch.cuda.is_available()
-
-
-def measure(options: Options) -> dict:
-    """Everything that the table shows, as plain numbers: seconds, steps per second, bytes."""
+def parse_args() -> tuple[Options, Any, list[str]]:
+    """This program's options, the script's arguments, and the command line that gives it those."""
+    options, flags = tyro.cli(Options, description=__doc__.splitlines()[0], return_unknown_args=True)
     script = importlib.import_module(options.script)
-    on_gpu = uses_gpu(options)
-    batch_size = options.num_envs * options.num_steps
-    values = {name: getattr(options, name) for name in SCRIPT_FIELDS}
-    values |= {"cuda": on_gpu, "total_timesteps": options.iterations * batch_size, "norm_init_steps": NORM_INIT_STEPS}
-    args = script.Args(**values)
-    script.check_args(args)
+    argv = [f"{options.script}.py", "--norm-init-steps", "8", *flags]  # few, for the start is not measured
+    with patch.object(sys, "argv", argv):
+        args, _ = script.parse_args()
+    argv += ["--total-timesteps", str(options.iterations * args.num_envs * args.num_steps)]
+    args.cuda &= torch.cuda.is_available()
+    check_least(options, iterations=3 if args.cuda else 2)  # the first are not counted
+    if options.out:
+        make_folder_of(options.out)
+    return options, args, argv
 
-    repeats, calls, waiting_calls = options.iterations - 1, [], []
+
+def measure(options: Options, args: Any, argv: list[str]) -> dict:
+    """Everything that the table shows, as plain numbers: seconds, steps per second, bytes."""
+    script, batch_size = importlib.import_module(options.script), args.num_envs * args.num_steps
+    on_gpu, repeats, runs = args.cuda, options.iterations - 1, []
     raw = raw_environment_seconds(script, args, repeats)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    for run_calls, waiting in [(calls, False), (waiting_calls, True)][: 1 + on_gpu]:
-        with tempfile.TemporaryDirectory() as folder, timed(script, run_calls, waiting):
-            run_main(script, values, Path(folder))
-    peak_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    for waiting in [False, True][: 1 + on_gpu]:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.chdir(folder),
+            contextlib.redirect_stdout(io.StringIO()),  # it names files that are gone afterwards
+            patch.object(sys, "argv", argv),
+            patch.object(script, "catch_stop_signals", list),  # Ctrl-C ends everything at once
+            timed(script, options.iterations, waiting) as calls,
+        ):
+            script.main()
+        runs.append(calls)
+    peak_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     peak_gpu = torch.cuda.max_memory_reserved() if on_gpu else None
     raw += raw_environment_seconds(script, args, repeats)  # again, for the speed of a shared machine drifts
 
-    iterations = iteration_parts(waiting_calls or calls)[1 + on_gpu :]
-    log_times = [end for name, _, end in calls if name == "log"]
-    training = statistics.median(end - start for start, end in itertools.pairwise(log_times[on_gpu:]))
-    seconds = {part: statistics.median(parts[part] for parts in iterations) for part in iterations[0]}
-    rollout = statistics.median(parts["environment"] + parts["inference"] for parts in iterations)
-    raw_rate, training_rate = batch_size / statistics.median(raw), batch_size / training
+    iterations = iteration_parts(runs[-1])[1 + on_gpu :]
+    log_times = [end for name, _, end in runs[0] if name == "log"]
+    training = median(end - start for start, end in itertools.pairwise(log_times[on_gpu:]))
+    seconds = {part: median(parts[part] for parts in iterations) for part in iterations[0]}
+    rollout = median(parts["environment"] + parts["inference"] for parts in iterations)
+    raw_rate, training_rate = batch_size / median(raw), batch_size / training
     return {
-        "options": {name: value for name, value in asdict(options).items() if name != "out"},
-        "machine": {
-            "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
-            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "torch": torch.__version__,
-            "torch_threads": torch.get_num_threads(),
-        },
+        "script": options.script,
+        "args": asdict(args),
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
+        "cpus": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
         "bf16_used": script.autocast(args, torch.device("cuda" if on_gpu else "cpu"))._enabled,
         "steps_per_second": {
             "environments alone": raw_rate,
@@ -224,8 +183,7 @@ def measure(options: Options) -> dict:
         },
         "training_to_raw_environment": training_rate / raw_rate,
         "seconds_per_iteration": seconds,
-        "checkpoint_seconds": statistics.median(end - start for name, start, end in calls if name == "save_checkpoint"),
-        "checkpoint_interval": args.checkpoint_interval,
+        "checkpoint_seconds": median(end - start for name, start, end in runs[0] if name == "save_checkpoint"),
         "peak_host_bytes": peak_host,
         "peak_gpu_bytes": peak_gpu,
         "iterations": iterations,
@@ -235,41 +193,35 @@ def measure(options: Options) -> dict:
 
 def table(figures: dict) -> str:
     """The figures for people."""
-    options, machine, seconds = figures["options"], figures["machine"], figures["seconds_per_iteration"]
+    args, seconds = figures["args"], figures["seconds_per_iteration"]
+    counted, gpu_bytes = len(figures["iterations"]), figures["peak_gpu_bytes"]
+    warm_up = "first one, a warm-up, is" if gpu_bytes is None else "first two, a warm-up, are"
     lines = [
-        f"{options['script']}, model {options['model']}, {options['num_envs']} envs x {options['num_steps']} steps, "
-        f"{options['num_minibatches']} minibatches x {options['update_epochs']} epochs, {options['env_backend']}",
-        f"{machine['device']}, {machine['cpus']} CPUs, torch {machine['torch']}, policy in "
-        f"{'bfloat16' if figures['bf16_used'] else 'float32'}, {'' if options['compile'] else 'not '}compiled; "
-        f"medians of {len(figures['iterations'])}",
+        f"{figures['script']}, model {args['model']}, {args['num_envs']} envs x {args['num_steps']} steps, "
+        f"{args['num_minibatches']} minibatches x {args['update_epochs']} epochs, {args['env_backend']}",
+        f"{figures['device']}, {figures['cpus']} CPUs, torch {figures['torch']}, policy in "
+        f"{'bfloat16' if figures['bf16_used'] else 'float32'}, {'' if args['compile'] else 'not '}compiled",
+        f"each figure is the median of {counted} iteration{'s' * (counted > 1)}; the {warm_up} left out",
         "",
         f"{'':<38}{'steps/s':>10}",
     ]
     lines += [f"{name:<38}{rate:>10,.0f}" for name, rate in figures["steps_per_second"].items()]
     lines += [f"{'training / environments alone':<38}{figures['training_to_raw_environment']:>10.1%}"]
-    heading = "one iteration" if figures["peak_gpu_bytes"] is None else "one iteration, part after part"
+    heading = "one iteration" if gpu_bytes is None else "one iteration, part after part"
     lines += ["", f"{heading:<38}{'seconds':>10}{'share':>9}"]
     lines += [f"{part:<38}{s:>10.3f}{s / seconds['total']:>9.1%}" for part, s in seconds.items()]
-    every = f"one checkpoint (every {figures['checkpoint_interval']} iterations)"
+    every = f"one checkpoint (every {args['checkpoint_interval']} iterations)"
     lines += [f"{every:<38}{figures['checkpoint_seconds']:>10.3f}", ""]
-    lines += [f"{'peak host memory of this process':<38}{figures['peak_host_bytes'] / 2**30:>10.2f} GiB"]
-    if figures["peak_gpu_bytes"] is not None:
-        lines += [f"{'peak GPU memory':<38}{figures['peak_gpu_bytes'] / 2**30:>10.2f} GiB"]
+    for name, size in {"host memory of this process": figures["peak_host_bytes"], "GPU memory": gpu_bytes}.items():
+        lines += [f"{f'peak {name}':<38}{size / 2**30:>10.2f} GiB"] if size else []
     return "\n".join(lines)
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__.splitlines()[0])
-    if options.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no CUDA device")
-    if options.iterations < 2 + uses_gpu(options):
-        fail(f"--iterations {options.iterations}: must be at least 2, on a GPU 3, for the first are not counted")
-    if options.out:
-        check_output(options.out)
-    figures = measure(options)
+    options, args, argv = parse_args()
+    figures = measure(options, args, argv)
     print(table(figures))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 

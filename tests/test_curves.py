@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from matplotlib import image
+from matplotlib import pyplot as plt
 from running import error_of, trained_run
 from scipy.stats import bootstrap
 from torch.utils.tensorboard import SummaryWriter
@@ -49,34 +50,53 @@ def test_real_runs_become_figures_a_table_and_a_csv(tmp_path: Path, capsys: pyte
 def test_what_a_resumed_run_did_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture):
     write_run(tmp_path, {100: 1.0, 200: 2.0, 300: 3.0}, gamma=0.99)
     write_run(tmp_path, {200: 20.0, 300: 30.0, 400: 40.0}, resumed_at=100, gamma=0.9)
-    run = curves.read_events(tmp_path, None)
-    assert [series.tolist() for series in run.series["score"]] == [[100, 200, 300, 400], [1, 20, 30, 40]]
+    run = curves.read_events(tmp_path)
+    assert run.log["score"].to_dict() == {100: 1, 200: 20, 300: 30, 400: 40}
     assert "resumed with another gamma" in capsys.readouterr().err
 
 
 def test_a_point_is_the_mean_of_its_window():
-    steps, values = np.array([100, 200, 300, 500]), np.array([1.0, 2.0, 6.0, 8.0])
-    means = curves.window_means(steps, values, np.array([100, 200, 300, 400, 500]), 200)
-    assert means.tolist() == [1.0, 1.5, 4.0, 6.0, 8.0]
-    assert np.isnan(curves.window_means(steps, values, np.array([400]), 100)).all()  # (300, 400] holds nothing
+    log = pd.DataFrame({"score": {100: 1.0, 200: 2.0, 300: 6.0, 500: 8.0}})
+    run = curves.Run("Venture", "a", 1, Path(), log)
+    means = partial(curves.window_means, [run])
+    assert means(200, [100, 200, 300, 400, 500, 600])["score"].tolist() == [1.0, 1.5, 4.0, 6.0, 8.0]  # 600: not reached
+    assert means(100)["agent_steps"].tolist() == [100, 200, 300, 400, 500]
+    assert np.isnan(means(100)["score"].iloc[3])  # (300, 400] holds nothing
 
 
 def test_a_table_never_shows_a_maximum_nor_a_step_that_was_not_reached(tmp_path: Path):
     steps = range(100, 1001, 100)
     write_run(tmp_path / "a/seed_1", {step: 900.0 if step == 300 else 10.0 for step in steps})
     write_run(tmp_path / "a/seed_2", {step: 20.0 for step in steps if step <= 500}, seed=2)
+    write_run(tmp_path / "b/seed_1", {step: 5.0 for step in steps if step <= 500})
     arguments = ["--window", "200", "--at", "400", "1000", "1200", "--output", str(tmp_path / "out")]
     curves.main([str(tmp_path), *arguments])
     table = pd.read_csv(tmp_path / "out/table.csv").query("metric == 'score'")
-    assert table["seeds"].tolist() == [2, 1, 0]
-    assert table["value"].tolist()[:2] == [(455 + 20) / 2, 10] and np.isnan(table["value"].iloc[2])
-    assert "| a | 238 [20, 455] (2) | 10 (1) |  |" in (tmp_path / "out/table.md").read_text()
+    assert table[["seeds", "value"]].to_numpy().tolist() == [[2, (455 + 20) / 2], [1, 10], [1, 5]]
+    lines = (tmp_path / "out/table.md").read_text().splitlines()
+    assert {"| a | 238 [20, 455] (2) | 10 (1) |", "| b | 5 (1) |  |"} <= set(lines)
 
 
 def test_a_long_run_is_read_whole(tmp_path: Path):
     steps = list(range(1, 10_102))  # TensorBoard's own reader keeps 10,000
     write_run(tmp_path, dict.fromkeys(steps, 1.0))
-    assert curves.read_events(tmp_path, None).series["intrinsic_reward"][0].tolist() == steps
+    assert curves.read_events(tmp_path).log.index.tolist() == steps
+
+
+def figures_of(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> dict[str, plt.Figure]:
+    """The figures by game, for the score."""
+    figures = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "close", figures.append)
+        curves.main([*map(str, arguments)])
+    plt.close("all")
+    drawn = [(figure, figure.axes[0]) for figure in figures]
+    return {axes.get_title(): figure for figure, axes in drawn if axes.get_ylabel() == "score of a game"}
+
+
+def labelled(figure: plt.Figure) -> dict[str, plt.Line2D]:
+    """The lines in a figure's legend."""
+    return {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
 
 
 def test_a_figure_shows_the_statistic_and_its_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -84,28 +104,52 @@ def test_a_figure_shows_the_statistic_and_its_interval(tmp_path: Path, monkeypat
         write_run(tmp_path / f"a/Venture/{seed}", dict.fromkeys((100, 200, 400, 500), score), seed=seed)
     for game in ("Venture", "Pitfall"):
         write_run(tmp_path / f"b/{game}/1", env_id=f"{game}-v5")
-    (tmp_path / "c.csv").write_text("game,method,seed,agent_steps,score\nventure,r,1,100,7\nventure,r,1,300,9\n")
-    figures, arguments = [], ["--window", "100", "--reference", str(tmp_path / "c.csv")]
-    with monkeypatch.context() as patch:
-        patch.setattr(curves.plt, "close", figures.append)
-        curves.main([str(tmp_path), *arguments, "--output", str(tmp_path / "out")])
-    drawn = {figure.axes[0].get_title() + figure.axes[0].get_ylabel(): figure.axes[0] for figure in figures}
-    venture, pitfall = (drawn[f"{game}score of a game"] for game in ("Venture", "Pitfall"))
-    reference, a, b = venture.lines
-    np.testing.assert_array_equal(reference.get_xydata().T, [[100, 200, 300, 400, 500], [7, 8, 9, np.nan, np.nan]])
-    assert reference.get_label() == "reference: r (1 seed)"
+    rows = ["game,method,seed,agent_steps,score", "ventureRevenge,s,1,100,1"]
+    rows += [f"venture,r,1,{step},{score}" for step, score in ((100, 7), (300, 9), (700, 13))]
+    (tmp_path / "c.csv").write_text("\n".join(rows))
+    arguments = [tmp_path / "a", tmp_path / "b", "--window", "100", "--output", tmp_path / "out"]
+    figures = figures_of([*arguments, "--reference", tmp_path / "c.csv"], monkeypatch)
+    lines = labelled(figures["Venture"])
+    assert list(lines) == ["author's r (1 seed)", "a (3 seeds)", "b (1 seed)"]
+    r, a, b = lines.values()
+    assert r.get_xydata().tolist() == [[100, 7], [200, 8], [300, 9], [400, 10], [500, 11]]  # grey: no hue
+    assert 0 < float(r.get_color()) < 1
     assert a.get_xydata().tolist() == [[step, 30] for step in (100, 200, 300, 400, 500)]  # 300 is bridged
-    low, high = venture.collections[0].get_datalim(venture.transData).intervaly
+    _, band, _ = figures["Venture"].axes[0].collections
+    low, high = band.get_datalim(figures["Venture"].axes[0].transData).intervaly
     assert [low, high] == pytest.approx([10, 60], abs=1)  # of 27 equally likely draws one is three times the least
-    assert b.get_color() == pitfall.lines[0].get_color() != a.get_color()
-    curves.plt.close("all")
+    (b_alone,) = labelled(figures["Pitfall"]).values()
+    assert b.get_color() == b_alone.get_color() != a.get_color()
+    titles = [figure.legends[0].get_title().get_text() for figure in figures.values()]
+    assert sorted(titles) == ["", "mean over seeds, band: 95 % bootstrap interval"]  # one seed has neither
+
+
+def test_a_line_has_no_kink_where_a_seed_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for seed, last in ((1, 300), (2, 600)):
+        write_run(tmp_path / f"a/{seed}", dict.fromkeys(range(100, last + 1, 100), 10.0 * seed), seed=seed)
+    (figure,) = figures_of([tmp_path, "--window", "100", "--output", tmp_path / "out"], monkeypatch).values()
+    (mean,) = labelled(figure).values()
+    assert mean.get_xydata().tolist() == [[step, 15] for step in (100, 200, 300)]
+    alone = [line.get_xydata() for line in figure.axes[0].lines if line is not mean]
+    alone = [points[~np.isnan(points[:, 1])].tolist() for points in alone]
+    assert alone == [[[300, 10]], [[step, 20] for step in (300, 400, 500, 600)]]
+    assert {line.get_color() for line in figure.axes[0].lines} == {mean.get_color()}
+
+
+def test_a_single_point_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_run(tmp_path / "a", {100: 7.0})
+    (figure,) = figures_of([tmp_path / "a", "--output", tmp_path / "out"], monkeypatch).values()
+    (line,) = labelled(figure).values()
+    assert line.get_xydata().tolist() == [[100, 7]] and line.get_marker() == "o"
+    low, high = figure.axes[0].get_xlim()
+    assert low < 80 and high > 120
 
 
 def test_intervals_agree_with_another_bootstrap():
     seeds = np.random.default_rng(0).normal(100, 10, (10, 1))
-    value, low, high, count = curves.aggregate(seeds, "mean")
+    value, low, high = curves.aggregate(seeds, "mean")
     expected = bootstrap((seeds[:, 0],), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
-    assert count == 10 and value == pytest.approx(seeds.mean())
+    assert value == pytest.approx(seeds.mean())
     assert [low[0], high[0]] == pytest.approx(list(expected), abs=0.8)
     assert curves.aggregate(seeds, "iqm")[0][0] == pytest.approx(np.sort(seeds[:, 0])[2:8].mean())
 
@@ -142,7 +186,7 @@ def test_a_csv_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture)
     rows = [f"Venture,method_{i},1,{step},{step}" for i in range(7) for step in (100, 200)]
     (tmp_path / "c.csv").write_text("\n".join(["game,method,seed,agent_steps,score", *rows]))
     (one,) = curves.read_csv(tmp_path / "c.csv", "method_1")
-    assert one.method == "method_1" and one.series["score"][1].tolist() == [100, 200]
+    assert one.method == "method_1" and one.log["score"].to_dict() == {100: 100, 200: 200}
     assert "none is c: method_0, method_1" in error_of(capsys, "--runs", f"c={tmp_path}/c.csv")
     arguments = [write_run(tmp_path / "a"), "--output", tmp_path / "out", "--reference", tmp_path / "c.csv"]
     assert "7 methods of Venture" in error_of(capsys, *arguments)
@@ -152,9 +196,17 @@ def test_a_csv_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert [run.method for run in curves.read_csv(tmp_path / "c.csv", "c")] == ["c"]
 
 
-def test_default_window():
-    for last, spacing, window in [(128_000_000, 16_384, 10**6), (970_000, 4096, 20_000), (64, 32, 40)]:
-        assert curves.default_window([curves.Run("Venture", "a", 1, Path(), {}, last, spacing)]) == window
+@pytest.mark.parametrize(
+    ("last", "spacing", "window", "steps"),
+    [
+        (128_000_000, 16_384, 10**6, [million * 10**6 for million in (1, 2, 5, 10, 20, 50, 100, 128)]),
+        (970_000, 4096, 20_000, [20_000, 50_000, 100_000, 200_000, 500_000, 960_000]),
+        (64, 32, 50, [50]),
+    ],
+)
+def test_window_and_table_follow_the_length_of_the_runs(last: int, spacing: int, window: int, steps: list[int]):
+    run = curves.Run("Venture", "a", 1, Path(), pd.DataFrame({"score": 0.0}, range(spacing, last + 1, spacing)))
+    assert curves.default_window([run]) == window and curves.default_table_steps([run], window) == steps
 
 
 def test_a_folder_tells_the_method():
@@ -163,7 +215,7 @@ def test_a_folder_tells_the_method():
     assert curves.method_of(Path("runs/Venture__ppo_snd_atari__3__1700000000"), "Venture") == "ppo_snd_atari"
 
 
-def test_a_damaged_file_keeps_its_records_before_the_damage(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_damaged_file_keeps_its_records_before_the_damage(tmp_path: Path):
     scores = {step: float(step) for step in range(100, 1100, 100)}
     (file,) = write_run(tmp_path, scores).iterdir()
     content = file.read_bytes()
@@ -171,29 +223,56 @@ def test_a_damaged_file_keeps_its_records_before_the_damage(tmp_path: Path, caps
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     for damaged, most in ((flipped, 9), (content[:-5], 10)):  # of the last step only the intrinsic reward is cut off
         file.write_bytes(damaged)
-        steps = curves.read_events(tmp_path, None).series["score"][0].tolist()
+        steps = curves.read_events(tmp_path).log.index.tolist()
         assert 2 <= len(steps) <= most and steps == list(scores)[: len(steps)]
-        assert capsys.readouterr().err.count("half-written or damaged") == 1
-    file.write_bytes(content[:60])
-    assert "is half-written" in error_of(capsys, tmp_path)
+
+
+def test_what_cannot_be_used_is_left_out_unless_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (bad := tmp_path / "bad").mkdir()
+    write_run(bad / "mixed")
+    write_run(bad / "mixed", env_id="ALE/Pitfall-v5", resumed_at=100)
+    with SummaryWriter(str(bad / "foreign")) as writer:
+        writer.add_scalar("loss", 1.0, 1)
+    write_run(bad / "young", {})
+    write_run(bad / "other", env_id="Venture-ram-v4")
+    (cut,) = write_run(bad / "cut").iterdir()
+    cut.write_bytes(cut.read_bytes()[:60])
+    (bad / "noise").mkdir()
+    (bad / "noise/events.out.tfevents.1").write_bytes(b"noise" * 100)
+    (bad / "columns.csv").write_text("game,method\nVenture,x\n")
+    (bad / "words.csv").write_text("game,method,seed,agent_steps,score\nVenture,x,1,100,high\n")
+    (bad / "nothing.csv").write_text("")
+    arguments = [bad, *sorted(bad.glob("*.csv")), "--runs", f"SND={tmp_path}/nothing/*", "--output", tmp_path / "out"]
+    reasons = {
+        "mixed": "several games are mixed",
+        "foreign": "no hyperparameters/text_summary",
+        "young": "it has logged nothing yet",
+        "other": "unknown env_id Venture-ram-v4",
+        "cut": "no hyperparameters/text_summary",
+        "noise": "no hyperparameters/text_summary",
+        "columns.csv": "no column seed, agent_steps; expected",
+        "words.csv": "could not convert",
+        "nothing.csv": "No columns",
+        "nothing/*": "no runs found",
+    }
+    refusal = error_of(capsys, *arguments)
+    assert "no usable run: " in refusal and all(reason in refusal for reason in reasons.values())
+    assert not (tmp_path / "out").exists()
+    write_run(tmp_path / "good/seed_1")
+    curves.main([str(tmp_path / "good"), *map(str, arguments)])
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == len(reasons) and all("warning: left out: " in line for line in warnings)
+    for name, reason in reasons.items():
+        assert sum(f"/{name}: " in line and reason in line for line in warnings) == 1, name
+    assert set(pd.read_csv(tmp_path / "out/curves.csv")["method"]) == {"good"}
 
 
 def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
     refused = partial(error_of, capsys)
-    (tmp_path / "empty").mkdir()
-    assert "no runs found" in refused(tmp_path / "empty")
-    assert "no runs found" in refused("--runs", f"SND={tmp_path}/nothing/*")
     assert "METHOD=PATH" in refused("--runs", tmp_path)
-    assert "no runs given" in refused()
+    assert "name the runs" in refused()
     assert "inf is no number of agent steps" in refused(tmp_path, "--window", "inf")
-    with SummaryWriter(str(tmp_path / "foreign")) as writer:
-        writer.add_scalar("loss", 1.0, 1)
-    assert "hyperparameters/text_summary" in refused(tmp_path / "foreign")
-    assert "no charts/intrinsic_reward" in refused(write_run(tmp_path / "young", {}))
-
-    write_run(tmp_path / "mixed")
-    write_run(tmp_path / "mixed", env_id="ALE/Pitfall-v5", resumed_at=100)
-    assert "several games" in refused(tmp_path / "mixed")
+    assert "shorter than the window of 1,000 steps" in refused(write_run(tmp_path / "a"), "--window", "1e3")
 
     write_run(tmp_path / "twice/x/seed_1")
     (tmp_path / "other.csv").write_text("game,method,seed,agent_steps,score\nventure,x,1,100,3\nventure,x,1,200,3\n")
@@ -202,8 +281,3 @@ def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     for seed, model in ((1, "A"), (2, "C")):
         write_run(tmp_path / f"differ/x/seed_{seed}", seed=seed, model=model)
     assert "differ in model" in refused(tmp_path / "differ")
-
-    (tmp_path / "bad.csv").write_text("game,method,seed,agent_steps,score\nVenture,x,1,-1,2\n")
-    assert "agent_steps must be at least 0" in refused(tmp_path / "bad.csv")
-    (tmp_path / "bad.csv").write_text("game,method\nVenture,x\n")
-    assert "no column seed, agent_steps" in refused(tmp_path / "bad.csv")

@@ -1,9 +1,13 @@
 """benchmark/enjoy.py on real checkpoints and the real emulator."""
 
-import importlib
+import contextlib
+import os
+import pty
 import re
 import shutil
+import subprocess
 import sys
+import termios
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,9 +55,13 @@ def test_whole_games_are_played_and_the_same_again(breakout: Path, tmp_path: Pat
     length = float(re.search(r"length ([\d,.]+)", first)[1].replace(",", ""))
     assert length > 50  # five lives of Breakout
     film = [*imageio.get_reader(tmp_path / "film.mp4").iter_data()]
-    assert film[0].shape == (240, 160, 3) and 50 < len(film) <= length + 1
+    assert film[0].shape == (720, 480, 3) and 50 < len(film) <= length + 1
     gif = Image.open(tmp_path / "film.gif")
-    assert gif.size == (160, 240)
+    assert gif.size == (320, 480)
+    blocks = np.array(gif.convert("RGB")).reshape(240, 2, 160, 2, 3)
+    assert (blocks == blocks[:, :1, :, :1]).all()  # every pixel of the console is a square
+    small = film[0][1::3, 1::3].astype(int)
+    assert np.abs(small - blocks[:, 0, :, 0]).mean() < 5  # and the film starts with the same picture, compressed
     milliseconds = sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif))  # like frames are merged
     assert milliseconds == pytest.approx(1000 * min(len(film), 450) / 15, rel=0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.gif", "film.mp4"]
@@ -147,6 +155,44 @@ def test_a_copied_script_plays_with_script(breakout: Path, tmp_path: Path, capsy
     assert "no checkpoint was written by" in error_of(capsys, breakout, "--script", copy)
 
 
+def test_the_gif_shows_the_first_of_the_best_filmed_games(
+    breakout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Games of one colour and known scores; the fourth, which is better, is not filmed."""
+    scores, steps = iter((3, 7, 7, 9)), []
+
+    def play(*given: object) -> enjoy.Episode:
+        *_, film, bar = given
+        game = len(steps)
+        steps.append(bar.desc)
+        for _ in range(4 if film else 0):
+            film(np.full((240, 160, 3), 50 * (game + 1), np.uint8))
+        return enjoy.Episode(float(next(scores)), 3, set(), [0.0])
+
+    monkeypatch.setattr(enjoy, "play", play)
+    enjoy.main([str(breakout), "--episodes", "4", "--film-episodes", "3", "--output", str(tmp_path / "film")])
+    film = [round(image.mean()) for image in imageio.get_reader(tmp_path / "film.mp4").iter_data()]
+    assert film == pytest.approx([50] * 4 + [100] * 4 + [150] * 4, abs=3)
+    assert np.array(Image.open(tmp_path / "film.gif").convert("RGB")).mean() == pytest.approx(100, abs=1)
+    assert "film.mp4: 1 s, games 1 to 3;" in (out := capsys.readouterr().out) and "film.gif: game 2" in out
+
+
+def test_progress_shows_the_steps_of_the_present_game(breakout: Path, tmp_path: Path):
+    """In a terminal, of which tqdm asks the size."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    command = [sys.executable, str(ROOT / "benchmark/enjoy.py"), str(breakout), "--episodes", "2", "--max-steps", "9"]
+    command += ["--output", str(tmp_path / "film")]
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL) as process:
+        os.close(theirs)
+        shown = ""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(ours, 4096).decode(errors="replace"):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0 and re.search(r"game 2 of 2: \d steps .*score=", shown)
+
+
 def test_bad_input_ends_with_one_line(
     breakout: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -163,10 +209,9 @@ def test_bad_input_ends_with_one_line(
     assert "not a readable checkpoint" in refused(tmp_path)
     (tmp_path / f"{SND}.py").write_text("x = 1\n")
     with mock.patch.dict(sys.modules):  # which the failed import would leave changed for other tests
-        assert "not a training script" in refused(breakout, "--script", tmp_path / f"{SND}.py")
+        assert "no such training script" in refused(breakout, "--script", tmp_path / f"{SND}.py")
     (tmp_path / "file").write_text("")
     film = ["--max-steps", 2, "--output", tmp_path / "file/film"]
     assert "cannot write to" in refused(breakout, *film)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "envpool" else find(name))
+    monkeypatch.setitem(sys.modules, "envpool", None)  # importing it now fails
     assert "pip install envpool" in refused(breakout)

@@ -95,10 +95,12 @@ def test_bad_input_ends_with_one_line(runs: dict[str, Path], tmp_path: Path, cap
     checkpoint = torch.load(runs["snd"] / "checkpoint.pt", weights_only=True)
     checkpoint["args"]["env_id"] = "Breakout-v5"
     torch.save(checkpoint, breakout / "checkpoint.pt")
+    assert "give the folders of runs" in error_of(capsys)
     assert "different games" in error_of(capsys, runs["rnd"], breakout)
     assert "rooms of Breakout are unknown" in error_of(capsys, breakout)
     assert "--states 5" in error_of(capsys, breakout, "--states", 5)
-    assert "--random-actions 2.0" in error_of(capsys, breakout, "--random-actions", 2)
+    assert "--random-actions -1" in error_of(capsys, breakout, "--random-actions", -1)
+    assert "is a folder" in error_of(capsys, breakout, "--output", tmp_path)
     few = ["--states", 12, "--every", 1, "--games", 1, "--output", tmp_path / "out"]
     assert "only room 0" in error_of(capsys, runs["snd"], *few)
     assert [*tmp_path.iterdir()] == [breakout]

@@ -20,7 +20,7 @@ def run(*flags: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(("script", "backend"), [(RND, "gymnasium"), (ENTROPY, "envpool")])
 def test_measures_a_real_run(script: str, backend: str, tmp_path: Path) -> None:
-    flags = ["--script", script, "--env-backend", backend, "--device", "cpu", "--iterations", "3"]
+    flags = ["--script", script, "--env-backend", backend, "--no-cuda", "--iterations", "3"]
     done = run(*flags, "--out", "speed.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]  # the run itself was elsewhere
@@ -35,7 +35,9 @@ def test_measures_a_real_run(script: str, backend: str, tmp_path: Path) -> None:
     assert rates["training"] < min(rates["rollout alone"], rates["update alone"])
     assert figures["training_to_raw_environment"] == pytest.approx(rates["training"] / rates["environments alone"])
     assert figures["peak_host_bytes"] > 2**28  # torch alone takes more
-    assert all(name in done.stdout for name in rates)
+    assert all(name in done.stdout for name in rates) and "the median of 2 iterations" in done.stdout
+    assert figures["args"]["env_backend"] == backend and figures["args"]["num_steps"] == 4
+    assert "/tmp" not in done.stdout + done.stderr and "runs/" not in done.stdout + done.stderr  # gone by now
 
 
 def test_iteration_parts_against_hand_made_calls() -> None:
@@ -46,9 +48,9 @@ def test_iteration_parts_against_hand_made_calls() -> None:
     assert throughput.iteration_parts(calls) == [expected | {"logging": 1, "rest": 0.5, "total": 20}]
 
 
-@pytest.mark.parametrize("flags", [["--iterations", "1"], ["--out", ".."], ["--env-id", "Nope-v5"]])
+@pytest.mark.parametrize("flags", [["--no-cuda", "--iterations", "1"], ["--out", ".."], ["--env-id", "Nope-v5"]])
 def test_user_errors_are_one_line_and_status_2(flags: list[str], tmp_path: Path) -> None:
     done = run(*flags, cwd=tmp_path)
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and flags[1] in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and flags[-1] in done.stderr
     assert not list(tmp_path.iterdir())
