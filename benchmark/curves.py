@@ -334,16 +334,16 @@ def draw(
         window = EngFormatter()(options.window)
         axes.set(title=curves["game"].iloc[0], ylabel=METRICS[metric][1])
         axes.set_xlim(0, end * (2 if end == options.window else 1.02))  # a single point stands in the middle
-        axes.set_xlabel(f"agent steps, 4 frames each (a point is the mean of the {window} steps before it)")
+        axes.set_xlabel(f"agent steps of 4 frames (each point: the mean of the {window} before it)")
         axes.xaxis.set_major_formatter(EngFormatter())
         if axes.dataLim.y0 >= 0:
             axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         title = f"{STATISTICS[options.statistic][0]} over seeds, band: 95 % bootstrap interval"
-        place = dict(loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
+        place = dict(loc="outside lower center", ncols=2, frameon=False, handlelength=3, columnspacing=1.5)
         legend = figure.legend(title=title if max(counts) > 1 else None, **place)
-        figure.set_size_inches(9, 4.5 + 0.12 * len(legend.texts))
+        figure.set_size_inches(7, 4 + 0.11 * len(legend.texts))
         figure.savefig(f"{path}.png", dpi=150)
         figure.savefig(f"{path}.svg", metadata={"Date": None})
     plt.close(figure)

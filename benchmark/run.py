@@ -46,7 +46,7 @@ class Args:
     """runs of each command in each game"""
     start_seed: int = 1
     """seed of the first of them; the others count up"""
-    total_timesteps: int = 128_000_000
+    total_timesteps: int | float = 128_000_000
     """agent steps of each run; raise it to go on with finished runs"""
     workers: int = 1
     """runs side by side; on this machine they share out its cores and GPUs"""
