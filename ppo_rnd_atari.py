@@ -8,7 +8,7 @@ A frozen random network (the target) embeds each frame; a predictor learns to im
 Where the imitation is poor the frame is new, and the error is the intrinsic reward. What makes it work:
 
 1. two value heads with their own discounts; the intrinsic stream flows on across the ends of episodes;
-2. frames minus their running mean, never divided by their deviation;
+2. frames minus their running mean, not divided by their deviation (--norm-obs mean-std does, and clamps to ±1);
 3. the distillation loss keeps a random share of the feature elements, which slows the predictor down;
 4. advantages are 2 × extrinsic + 1 × intrinsic, not normalised, nor is the intrinsic reward;
 5. the row that resets an episode is not experience: no loss and no statistic sees it.
@@ -829,7 +829,7 @@ def main() -> None:
         torch.set_num_threads(1)  # more would wait actively and take the processors from the emulators
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.bf16
-    # Emulators cannot be saved: a resumed run starts new games, from seeds of their own.
+    # Emulators cannot be saved: a resumed run starts new games, from seeds of their own (30 bits: game i adds i).
     env_seed = int(np.random.SeedSequence([args.seed, global_step]).generate_state(1)[0] >> 2)
     torch.manual_seed(args.seed + global_step)
     envs = AtariEnvs(args, env_seed, num_groups=3 if device.type == "cuda" else 1)

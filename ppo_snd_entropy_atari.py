@@ -934,7 +934,7 @@ def main() -> None:
         torch.set_num_threads(1)  # more would wait actively and take the processors from the emulators
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.bf16
-    # Emulators cannot be saved: a resumed run starts new games, from seeds of their own.
+    # Emulators cannot be saved: a resumed run starts new games, from seeds of their own (30 bits: game i adds i).
     env_seed = int(np.random.SeedSequence([args.seed, global_step]).generate_state(1)[0] >> 2)
     torch.manual_seed(args.seed + global_step)
     envs = AtariEnvs(args, env_seed, num_groups=3 if device.type == "cuda" else 1)
