@@ -286,7 +286,7 @@ class AtariEnvs:
             self.enter_rooms(info, info, np.ones(len(info["lives"]), bool))
 
     def enter_rooms(self, info: dict, last: dict, first: np.ndarray) -> None:
-        """Remember the rooms of a group's games, from the backend's info, that of one step earlier, see rooms_of."""
+        """Add a group's rooms to `rooms`; `info` and `last` are the backend's, now and one step earlier, see rooms_of."""
         if self.knows_rooms:
             self.rooms |= set(rooms_of(self.game, info["ram"], last["ram"], first).tolist()) - {-1}
 
@@ -477,7 +477,8 @@ def intrinsic_rewards(learner: Learner, rollout: Rollout, args: Args) -> Tensor:
         rewards.append(novelty(learner.target(x), learner.predictor(x), args.int_reward_scale))
     rewards = torch.cat(rewards).view_as(rollout.valid) * rollout.valid
     if args.norm_int_reward:
-        # By the deviation of the discounted sum over time, not over games (Burda et al. 2018, 2.4).
+        # By the deviation of the discounted sum over time, not over games (Burda et al. 2018, 2.4). As in `gae`, a
+        # reset row pays nothing, but time goes by; its sum does not count.
         int_returns = [learner.int_return.mul_(args.int_gamma).add_(row).clone() for row in rewards]
         learner.int_return_stats.update(torch.stack(int_returns)[rollout.valid])
         rewards = rewards / learner.int_return_stats.var.sqrt().float().clamp(min=1e-8)
