@@ -156,6 +156,8 @@ def markdown(game: str, numbers: dict[str, dict], rooms: np.ndarray) -> str:
 def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, description=__doc__.splitlines()[0], args=argv)
     check_least(options, states=NEIGHBOURS + 2, every=1, games=1, random_actions=0)
+    if options.random_actions > 1:
+        fail(f"--random-actions {options.random_actions}: must be at most 1")
     if not options.runs:
         fail("give the folders of runs, each with its checkpoint.pt")
     make_folder_of(options.output)

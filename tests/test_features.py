@@ -99,7 +99,8 @@ def test_bad_input_ends_with_one_line(runs: dict[str, Path], tmp_path: Path, cap
     assert "different games" in error_of(capsys, runs["rnd"], breakout)
     assert "rooms of Breakout are unknown" in error_of(capsys, breakout)
     assert "--states 5" in error_of(capsys, breakout, "--states", 5)
-    assert "--random-actions -1" in error_of(capsys, breakout, "--random-actions", -1)
+    for share in (-1, 1.5):
+        assert f"--random-actions {share}" in error_of(capsys, breakout, "--random-actions", share)
     assert "is a folder" in error_of(capsys, breakout, "--output", tmp_path)
     few = ["--states", 12, "--every", 1, "--games", 1, "--output", tmp_path / "out"]
     assert "only room 0" in error_of(capsys, runs["snd"], *few)
