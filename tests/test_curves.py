@@ -167,19 +167,21 @@ def test_statistic_and_rooms_reach_the_table_and_exported_curves_are_read_again(
         assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text()
 
 
-@pytest.mark.parametrize(("game", "methods"), [("Montezuma", 2), ("Breakout", 5)])
+@pytest.mark.parametrize(("game", "methods"), [("Montezuma", 2), ("Breakout", 7)])
 def test_the_results_page_shows_what_its_raw_curves_hold(game: str, methods: int, tmp_path: Path):
-    """Its commands, run by a shell, give the rows of its tables."""
+    """Its commands, run by a shell, give the rows of its tables, blanks at their ends apart."""
     page = (ROOT / "benchmark/RESULTS.md").read_text()
     lines = page.replace("\\\n", " ").splitlines()
     pattern = rf"python benchmark/curves.py +benchmark/results/{game}"
-    (command,) = [line for line in lines if re.match(pattern, line, re.I)]
-    command = f"PATH={Path(sys.executable).parent}:$PATH; {command} --output {tmp_path}"
-    subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)
-    score = (tmp_path / "table.md").read_text().split("score**")[1].split("**")[0]
-    rows = [line for line in score.splitlines() if line.startswith("| ") and not line.startswith("| method")]
+    rows = []
+    for command in [line.partition("#")[0] for line in lines if re.match(pattern, line, re.I)]:
+        command = f"PATH={Path(sys.executable).parent}:$PATH; {command} --output {tmp_path}"
+        subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)
+        score = (tmp_path / "table.md").read_text().split("score**")[1].split("**")[0]
+        rows += [line for line in score.splitlines() if line.startswith("| ") and not line.startswith("| method")]
     assert len(rows) == methods
-    assert [row for row in rows if row not in page.splitlines()] == []
+    shown = [line.rstrip("| ") for line in page.splitlines()]  # a short run has no column for later steps
+    assert [row for row in rows if row.rstrip("| ") not in shown] == []
 
 
 def test_a_csv_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture):
