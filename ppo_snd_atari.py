@@ -286,7 +286,7 @@ class AtariEnvs:
             self.enter_rooms(info, info, np.ones(len(info["lives"]), bool))
 
     def enter_rooms(self, info: dict, last: dict, first: np.ndarray) -> None:
-        """Add a group's rooms to `rooms`; `info` and `last` are the backend's, now and one step earlier, see rooms_of."""
+        """Add a group's rooms to `rooms`; `info` and `last` are the backend's, now and a step earlier."""
         if self.knows_rooms:
             self.rooms |= set(rooms_of(self.game, info["ram"], last["ram"], first).tolist()) - {-1}
 
