@@ -5,8 +5,7 @@
     python benchmark/curves.py --runs SND=figures/curves.csv --reference others.csv --reference-methods ppo_rnd_1
 
 Every point is a mean over a window of agent steps that ends there, never a maximum. Bands are 95 % stratified bootstrap
-intervals over seeds (Agarwal et al. 2021, arXiv 2108.13264, by their library rliable). A method's line ends where its
-first seed ends; its other seeds go on alone, as thin lines. A run that cannot be used is left out, with a warning.
+intervals over seeds (Agarwal et al. 2021, arXiv 2108.13264, by their library rliable).
 """
 
 import glob
@@ -32,6 +31,8 @@ from rliable.library import get_interval_estimates
 from scipy.stats import trim_mean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+matplotlib.use("Agg")  # no screen is needed
+
 # Metric: its tag in TensorBoard, and what its axis is called.
 METRICS = {
     "score": ("charts/episodic_return", "score of a game"),
@@ -49,7 +50,6 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "<"]
 GREYS = ["0.35", "0.55", "0.7"]
-MAX_REFERENCES = 6  # more grey lines cannot be told apart
 BOOTSTRAP_SAMPLES = 2000
 # What is taken over seeds: its name, and the function (seeds, points) -> (points,).
 STATISTICS = {
@@ -106,7 +106,7 @@ def game_key(name: str) -> str:
     return GAME_ALIASES.get(key, key)
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- Reading ----
 
 
 def method_of(run_dir: Path, game: str) -> str:
@@ -134,8 +134,6 @@ def read_events(run_dir: Path, method: str = "") -> Run:
     tables = [dict(re.findall(r"^\|(\w+)\|(.*)\|$", text, re.M)) for text in texts]
     if not tables or not all({"env_id", "seed"} <= table.keys() for table in tables):
         raise ValueError(f"no {HYPERPARAMETERS} of these scripts")
-    if len({table["env_id"] for table in tables}) > 1:
-        raise ValueError("the event files of several games are mixed; move each run to a folder of its own")
     args = tables[-1]
     match = re.fullmatch(r"(\w+?)NoFrameskip-v4|(?:ALE/)?(\w+)-v5", args["env_id"])
     if not match:
@@ -215,7 +213,7 @@ def check_runs(runs: list[Run]) -> None:
 
 
 def read_references(options: Options, games: list[str]) -> list[Run]:
-    """The curves to lie under the figures; exit status 2 if a method is not there or a figure would get too many."""
+    """The curves to lie under the figures; exit status 2 if a method is not there."""
     if options.reference is None:
         return []
     try:
@@ -227,16 +225,12 @@ def read_references(options: Options, games: list[str]) -> list[Run]:
         fail(f"{options.reference} has no method {', '.join(sorted(unknown))}")
     runs = [run for run in runs if run.method in wanted]
     for game in games:
-        methods = list(dict.fromkeys(run.method for run in runs if game_key(run.game) == game_key(game)))
-        if len(methods) > MAX_REFERENCES:
-            choice = f"choose at most {MAX_REFERENCES} with --reference-methods from: {', '.join(methods)}"
-            fail(f"{options.reference} holds {len(methods)} methods of {game}; {choice}")
-        if not methods:
+        if game_key(game) not in {game_key(run.game) for run in runs}:
             warn(f"{options.reference} holds no such curve of {game}")
     return runs
 
 
-# ---- Statistics ------------------------------------------------------------------------------------------------------
+# ---- Statistics ----
 
 
 def default_window(runs: list[Run]) -> int:
@@ -284,7 +278,7 @@ def aggregate(values: np.ndarray, statistic: str) -> tuple[np.ndarray, np.ndarra
     return over_seeds(values), *interval[""]
 
 
-# ---- Output ----------------------------------------------------------------------------------------------------------
+# ---- Output ----
 
 
 def by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -306,6 +300,13 @@ def add_lines(axes: plt.Axes, seeds: pd.DataFrame, name: str, statistic: str, **
         rest = seeds[seeds.index >= max(common.index, default=0)]
         axes.plot(rest, color=style["color"], linewidth=1, alpha=0.8, zorder=1)
     return count
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a figure as PNG and SVG, the same picture as the same files."""
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(f"{path}.png", dpi=150)
+        figure.savefig(f"{path}.svg", dpi=150, metadata={"Date": None})
 
 
 def draw(
@@ -344,8 +345,7 @@ def draw(
         place = dict(loc="outside lower center", ncols=2, frameon=False, handlelength=3, columnspacing=1.5)
         legend = figure.legend(title=title if max(counts) > 1 else None, **place)
         figure.set_size_inches(7, 4 + 0.11 * len(legend.texts))
-        figure.savefig(f"{path}.png", dpi=150)
-        figure.savefig(f"{path}.svg", metadata={"Date": None})
+        save_figure(figure, path)
     plt.close(figure)
     return drawn > 0
 
@@ -396,8 +396,6 @@ def main(argv: list[str] | None = None) -> None:
     references = read_references(options, games)
     options.at = [int(steps) for steps in options.at] or default_table_steps(runs, options.window)
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same picture is the same file
     curves = window_means(runs, options.window)
     try:
         options.output.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,7 @@
     python benchmark/enjoy.py runs/NAME --episodes 20 --greedy --output films/venture
     python benchmark/enjoy.py runs/NAME --script ~/mine/my_snd.py
 
-An episode is a whole game, under the protocol the run was trained with, on EnvPool whatever the run's backend was. No
-screen is needed. The film shows the first games one after the other, the GIF the start of the best of them.
+An episode is a whole game, under the protocol the run was trained with. No screen is needed.
 """
 
 import contextlib
@@ -64,8 +63,57 @@ class Episode:
     int_rewards: list[float]
 
 
-def load_run(run_dir: Path, scripts: Sequence[Path] = ()) -> tuple[ModuleType, Any, dict]:
-    """The module of a run's script, its arguments and its checkpoint; exit status 2 if one of them is missing.
+@dataclass
+class Agent:
+    """A checkpoint that can play: its script's module, its arguments and its learner, at an agent step."""
+
+    module: ModuleType
+    args: Any
+    learner: Any
+    step: int
+
+    def tensor(self, obs: np.ndarray) -> torch.Tensor:
+        """Observations on the learner's device."""
+        return torch.from_numpy(obs).to(next(self.learner.parameters()).device)
+
+    @torch.no_grad()
+    def choose_actions(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
+        """Actions (batch,) int32 for obs (batch, 4, 96, 96) uint8: the likeliest, or drawn from the policy."""
+        obs = self.tensor(obs)
+        with self.module.autocast(self.args, obs.device):
+            logits, _ = self.learner.agent(obs)
+        actions = logits.argmax(dim=1) if greedy else torch.multinomial(logits.softmax(dim=1), 1)[:, 0]
+        return actions.to("cpu", torch.int32).numpy()
+
+    @torch.no_grad()
+    def intrinsic_rewards(self, obs: np.ndarray) -> np.ndarray:
+        """The novelty (batch,) of obs (batch, 4, 96, 96) uint8, as the run pays it; nan if a copy has another."""
+        learner, args = self.learner, self.args
+        if not (hasattr(learner, "target") and hasattr(learner, "predictor")):
+            return np.full(len(obs), np.nan)
+        x = self.module.novelty_input(self.tensor(obs), learner.obs_stats, args.norm_obs)
+        rewards = self.module.novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
+        if args.norm_int_reward:
+            rewards = rewards / learner.int_return_stats.var.sqrt().float().clamp(min=1e-8)
+        return rewards.cpu().numpy()
+
+    def make_envs(self, seed: int, num_envs: int = 1) -> Any:
+        """Games as the script itself makes them, but on EnvPool, with colour screens to be read.
+
+        The script asks EnvPool for its games, so the one option that it does not know is added to what it asks for.
+        """
+        try:
+            import envpool
+        except ImportError:
+            fail("games are played on EnvPool, whatever the run's own backend: pip install envpool")
+        args = replace(self.args, seed=seed, num_envs=num_envs, env_backend="envpool", track=False)
+        self.module.check_args(args)
+        with patch.object(envpool, "make", partial(envpool.make, render_mode="rgb_array")):
+            return self.module.AtariEnvs(args, seed)
+
+
+def load_agent(run_dir: Path, scripts: Sequence[Path] = ()) -> Agent:
+    """The agent of a run's checkpoint; exit status 2 if something is missing.
 
     The checkpoint names the script, which is one of `scripts` or lies in the project's folder.
     """
@@ -85,57 +133,20 @@ def load_run(run_dir: Path, scripts: Sequence[Path] = ()) -> tuple[ModuleType, A
         checkpoint = module.load_checkpoint(run_dir)
     except (ImportError, AttributeError, SyntaxError) as error:
         fail(f"{path} was written by {name}.py; {script} is no such training script: {error}; give one with --script")
-    return module, replace(checkpoint["args"], compile=False), checkpoint
+    agent = Agent(module, replace(checkpoint["args"], compile=False), None, checkpoint["counters"]["global_step"])
+    device = torch.device("cuda" if agent.args.cuda and torch.cuda.is_available() else "cpu")
+    agent.learner = module.Learner(agent.args, agent.make_envs(seed=1).num_actions, device)
+    module.restore(agent.learner, checkpoint)
+    return agent
 
 
-def load_runs(run_dirs: Iterable[Path], scripts: Sequence[Path]) -> dict[Path, tuple[ModuleType, Any, dict]]:
-    """{folder: what load_run returns}; exit status 2 also for one of `scripts` that is not there or not needed."""
-    runs = {run_dir: load_run(run_dir, scripts) for run_dir in dict.fromkeys(run_dirs)}
+def load_agents(run_dirs: Iterable[Path], scripts: Sequence[Path]) -> dict[Path, Agent]:
+    """{folder: its agent}; exit status 2 also for one of `scripts` that is not there or not needed."""
+    agents = {run_dir: load_agent(run_dir, scripts) for run_dir in dict.fromkeys(run_dirs)}
     for script in scripts:
-        if script.resolve() not in {Path(module.__file__) for module, _, _ in runs.values()}:
+        if script.resolve() not in {Path(agent.module.__file__) for agent in agents.values()}:
             fail(f"--script {script}: there is no such file, or no checkpoint was written by a script of that name")
-    return runs
-
-
-def make_envs(module: ModuleType, args: Any, seed: int) -> Any:
-    """`args.num_envs` games as the script itself makes them, but on EnvPool, with colour screens to be read.
-
-    The script asks EnvPool for its games, so the one option that it does not know is added to what it asks for.
-    """
-    try:
-        import envpool
-    except ImportError:
-        fail("games are played on EnvPool, whatever the run's own backend: pip install envpool")
-    module.check_args(args := replace(args, seed=seed, env_backend="envpool", track=False))
-    with patch.object(envpool, "make", partial(envpool.make, render_mode="rgb_array")):
-        return module.AtariEnvs(args, seed)
-
-
-def load_learner(module: ModuleType, args: Any, checkpoint: dict, num_actions: int, device: torch.device) -> Any:
-    """The script's Learner with the checkpoint's weights and statistics."""
-    learner = module.Learner(args, num_actions, device)
-    module.restore(learner, checkpoint)
-    return learner
-
-
-def choose_actions(module: ModuleType, learner: Any, args: Any, obs: torch.Tensor, greedy: bool) -> np.ndarray:
-    """Actions (batch,) int64 for obs (batch, 4, 96, 96) uint8: the likeliest, or drawn from the policy."""
-    with torch.no_grad(), module.autocast(args, obs.device):
-        logits, _ = learner.agent(obs)
-    actions = logits.argmax(dim=1) if greedy else torch.multinomial(logits.softmax(dim=1), 1)[:, 0]
-    return actions.cpu().numpy()
-
-
-@torch.no_grad()
-def intrinsic_rewards(module: ModuleType, learner: Any, args: Any, obs: torch.Tensor) -> np.ndarray:
-    """The novelty (batch,) of obs (batch, 4, 96, 96) uint8 as the run pays it; nan if a copied script has another."""
-    if not (hasattr(learner, "target") and hasattr(learner, "predictor")):
-        return np.full(len(obs), np.nan)
-    x = module.novelty_input(obs, learner.obs_stats, args.norm_obs)
-    rewards = module.novelty(learner.target(x), learner.predictor(x), args.int_reward_scale)
-    if args.norm_int_reward:
-        rewards = rewards / learner.int_return_stats.var.sqrt().float().clamp(min=1e-8)
-    return rewards.cpu().numpy()
+    return agents
 
 
 def picture(screen: np.ndarray, score: float, room: int | None, int_reward: float) -> np.ndarray:
@@ -150,9 +161,7 @@ def picture(screen: np.ndarray, score: float, room: int | None, int_reward: floa
 
 
 def play(
-    module: ModuleType,
-    args: Any,
-    learner: Any,
+    agent: Agent,
     seed: int,
     greedy: bool,
     max_steps: int | None = None,
@@ -160,11 +169,9 @@ def play(
     bar: tqdm | None = None,
 ) -> Episode:
     """Play one game to its end (or for `max_steps`); hands each picture to `film` and counts the steps on `bar`."""
-    envs = make_envs(module, replace(args, num_envs=1), seed)
-    device = next(learner.agent.parameters()).device
+    envs = agent.make_envs(seed)
     rooms, room, int_rewards, was_reset = set(), None, [], False
     while True:
-        obs = torch.from_numpy(envs.next_obs[0]).to(device)
         if envs.rooms:  # emptied before each step, it holds the room of this one
             (room,) = envs.rooms
             rooms.add(room)
@@ -172,13 +179,13 @@ def play(
         score, length = envs.finished[0] if envs.finished else (envs.scores[0], int(envs.lengths[0]))
         if not was_reset:  # under --episodic-life a lost life is followed by a reset row, and the game goes on
             if length:
-                int_rewards.append(float(intrinsic_rewards(module, learner, args, obs)[0]))
+                int_rewards.append(float(agent.intrinsic_rewards(envs.next_obs[0])[0]))
             if film is not None:
                 film(picture(envs.envs[0].render()[0], score, room, int_rewards[-1] if int_rewards else 0.0))
         if envs.finished or length == max_steps:
             return Episode(float(score), length, rooms, int_rewards)
         was_reset = envs.resets[0].copy()
-        envs.send(0, choose_actions(module, learner, args, obs, greedy).astype(np.int32))
+        envs.send(0, agent.choose_actions(envs.next_obs[0], greedy))
         envs.recv(0)
         if bar is not None:
             bar.set_postfix(score=f"{envs.scores[0]:,.0f}", refresh=False)
@@ -201,7 +208,7 @@ def summary(episodes: list[Episode]) -> str:
     return "\n".join(lines)
 
 
-def play_all(module: ModuleType, args: Any, learner: Any, options: Options, output: Path) -> list[Episode]:
+def play_all(agent: Agent, options: Options, output: Path) -> list[Episode]:
     """Play all games and film the first ones as `output` with .mp4 and .gif. Raises OSError."""
     episodes, best_score, best_film = [], -np.inf, []
     film = contextlib.nullcontext()
@@ -220,8 +227,8 @@ def play_all(module: ModuleType, args: Any, learner: Any, options: Options, outp
 
             bar.reset()
             bar.set_description_str(f"game {i + 1} of {options.episodes}")
-            rules = (options.seed + i, options.greedy, options.max_steps)
-            episode = play(module, args, learner, *rules, add if i < options.film_episodes else None, bar)
+            film_it = add if i < options.film_episodes else None
+            episode = play(agent, options.seed + i, options.greedy, options.max_steps, film_it, bar)
             episodes.append(episode)
             if pictures and episode.score > best_score:
                 best_score, best_film = episode.score, pictures
@@ -235,18 +242,14 @@ def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, description=__doc__.splitlines()[0], args=argv)
     check_least(options, episodes=1, film_episodes=0, max_steps=1)
     output = options.output or options.run / "enjoy"
-    (run,) = load_runs([options.run], [options.script] if options.script else []).values()
-    module, args, checkpoint = run
+    (agent,) = load_agents([options.run], [options.script] if options.script else []).values()
     if options.film_episodes:
         make_folder_of(output)
-    envs = make_envs(module, replace(args, num_envs=1), options.seed)  # tells how many actions the game has
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    learner = load_learner(module, args, checkpoint, envs.num_actions, device)
     torch.manual_seed(options.seed)
-    step = checkpoint["counters"]["global_step"]
-    print(f"{envs.game}, {checkpoint['script']}, step {step:,}, {'greedy' if options.greedy else 'sampled'} actions")
+    game, actions = agent.module.game_of(agent.args), "greedy" if options.greedy else "sampled"
+    print(f"{game}, {agent.module.SCRIPT}, step {agent.step:,}, {actions} actions")
     try:
-        episodes = play_all(module, args, learner, options, output)
+        episodes = play_all(agent, options, output)
     except OSError as error:
         fail(f"cannot write to {output.parent}: {error.strerror or one_line(error)}")
     print(summary(episodes))

@@ -8,7 +8,7 @@
 Every run has its folder runs/COMMAND/GAME/seed_N and, beside it, its log runs/COMMAND/GAME/seed_N.log. After a stop, a
 crash or a power cut start the same line again: what is finished is skipped, what was cut off is resumed. Never start a
 line twice at once: both would write the same runs. Flags after `--` are added to every command. Exit status: 0 all
-finished, 1 a run failed, 2 wrong usage, 130 stopped.
+finished (or submitted), 1 a run failed, 2 wrong usage, 130 stopped.
 """
 
 import contextlib
@@ -101,8 +101,6 @@ def make_runs(args: Args, extra_flags: list[str]) -> list[Run]:
             words = shlex.split(command)
         except ValueError as error:
             fail(f"--commands {method} {command!r}: {error}")
-        if not words:
-            fail(f"--commands {method}: the command is empty")
         words += f"--run-name {name} --env-id {env_id} --seed {seed} --total-timesteps {args.total_timesteps}".split()
         runs[name] = Run(name, words + extra_flags)
     if not runs:
@@ -117,6 +115,10 @@ def last_line(log: Path) -> str:
         lines = file.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
     return ""
+
+
+# Exit statuses of a run that was asked to stop: after its checkpoint, or before there was anything to save.
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 def start(run: Run, env: dict[str, str], before: Callable) -> subprocess.Popen:
@@ -141,22 +143,13 @@ def start(run: Run, env: dict[str, str], before: Callable) -> subprocess.Popen:
         )
 
 
-def finished_or_skipped(run: Run) -> str:
-    """The outcome of a run that exited with 0: did it train, or was it finished before?"""
-    return "skipped" if f"{run.folder} is finished: " in last_line(run.log) else "finished"
-
-
-# Exit statuses of a run that was asked to stop: after its checkpoint, or before there was anything to save.
-STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
-
-
 class Report:
     """What became of each run: a line for every event and, in a terminal, a live table of the runs going on."""
 
     def __init__(self, runs: list[Run]):
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
-        self.total, self.count = len(runs), {"finished": 0, "skipped": 0, "failed": 0, "stopped": 0}
+        self.total, self.count = len(runs), {"finished": 0, "failed": 0, "stopped": 0}
         self.failures: list[str] = []
 
     def show(self, draw: Callable, *what: object, **how: object) -> None:
@@ -200,7 +193,7 @@ class Report:
         for line in self.failures if self.total > 1 else []:
             self.say(line)
         self.say(self.summary())
-        unfinished = self.total - self.count["finished"] - self.count["skipped"] - self.count["failed"]
+        unfinished = self.total - self.count["finished"] - self.count["failed"]
         return 130 if unfinished else int(self.count["failed"] > 0)
 
 
@@ -213,7 +206,7 @@ def catch_stop_signals() -> list[int]:
     return caught
 
 
-# ---- This machine ---------------------------------------------------------------------------------------------------
+# ---- This machine ----
 
 
 def visible_gpus() -> list[str]:
@@ -268,7 +261,7 @@ def run_here(runs: list[Run], workers: int) -> int:
                     continue
                 del running[slot]
                 if process.returncode == 0:
-                    report.ended(run, finished_or_skipped(run))
+                    report.ended(run, "finished")
                 elif stops and process.returncode in STOPPED:
                     report.ended(run, "stopped")
                 else:
@@ -278,7 +271,7 @@ def run_here(runs: list[Run], workers: int) -> int:
     return report.exit_status()
 
 
-# ---- SLURM ----------------------------------------------------------------------------------------------------------
+# ---- SLURM ----
 
 
 class SlurmRun:
@@ -297,13 +290,9 @@ class SlurmRun:
         # SLURM also sends SIGUSR2 to the training process, which would die of it.
         ignore_user_signal = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
         threads = {"OMP_NUM_THREADS": os.environ.get("SLURM_CPUS_PER_TASK", "1")}
-        self.process = start(self.run, threads, before=ignore_user_signal)
-        try:
+        self.process, status = start(self.run, threads, before=ignore_user_signal), 0
+        with contextlib.suppress(subprocess.CalledProcessError):  # submitit could not requeue it: SLURM has
             status = self.wait()
-        except subprocess.CalledProcessError:  # submitit could not requeue the job: SLURM had done it already
-            status = 128 + signal.SIGTERM
-        if status in STOPPED:
-            os._exit(128 + signal.SIGTERM)  # leaves no result, so that the job counts as unfinished
         if status:
             raise RuntimeError(f"{self.run.name}: exit status {status}: {last_line(self.run.log)}")
 
@@ -322,11 +311,10 @@ class SlurmRun:
         return submitit.helpers.DelayedSubmission(SlurmRun(self.run))
 
 
-def run_on_slurm(runs: list[Run], args: Args) -> int:
-    """Submit everything as one job array and watch it; returns the exit status. Ctrl-C only ends the watching."""
+def submit_to_slurm(runs: list[Run], args: Args) -> None:
+    """Submit everything as one job array; exit status 2 if SLURM refuses it."""
     if not shutil.which("srun"):
         fail(f"--slurm-partition {args.slurm_partition}: there is no SLURM on this machine")
-    stops = catch_stop_signals()  # before a job is submitted whose number would not be shown
     executor = submitit.SlurmExecutor("runs/slurm/%j", max_num_timeout=1000)
     executor.update_parameters(
         job_name="benchmark",
@@ -344,36 +332,9 @@ def run_on_slurm(runs: list[Run], args: Args) -> int:
         fail(f"cannot write to runs/slurm: {error.strerror}")
     except submitit.core.utils.FailedJobError as error:
         fail((str(error).strip().splitlines() or ["sbatch refused the jobs"])[-1])
-    report, left = Report(runs), list(zip(jobs, runs, strict=True))
-    for job, run in left:
-        report.say(f"started   {run.name} (job {job.job_id}, log {run.log})")
-    # Prints "ID STATE" for each of the user's jobs that is not over; unlike sacct it needs no accounting database.
-    queue_command = ["squeue", "--me", "--array", "--noheader", "--format=%i %T"]
-    next_look, states, missed = 0.0, {}, {}
-    with report.live:
-        while left and not stops:
-            time.sleep(0.2)
-            if time.time() < next_look:
-                continue
-            next_look = time.time() + 5
-            queue = subprocess.run(queue_command, capture_output=True, text=True)
-            if queue.returncode:
-                continue  # the controller is busy or away
-            states = dict(line.split() for line in queue.stdout.splitlines())
-            for job, run in left:
-                missed[job.job_id] = 0 if job.job_id in states else missed.get(job.job_id, 0) + 1
-                if missed[job.job_id] < 2:  # the result may take a moment to cross a network file system
-                    continue
-                if not job.paths.result_pickle.exists() or job.exception() is not None:
-                    report.ended(run, "failed", last_line(run.log))
-                else:
-                    report.ended(run, finished_or_skipped(run))
-            left = [(job, run) for job, run in left if missed[job.job_id] < 2]
-            report.redraw([(run, states.get(job.job_id, "")) for job, run in left])
-    if left:
-        ids = " ".join(job.job_id for job, _ in left)
-        report.say(f"the other jobs go on without this watch; to stop them: scancel {ids}")
-    return report.exit_status()
+    for job, run in zip(jobs, runs, strict=True):
+        print(f"submitted {run.name} (job {job.job_id}, log {run.log})")
+    print("to watch the jobs: squeue --me; to stop them: scancel " + jobs[0].job_id.split("_")[0])
 
 
 def main() -> None:
@@ -386,7 +347,10 @@ def main() -> None:
         for run in runs:
             print(shlex.join(run.full_command()))
         return
-    sys.exit(run_on_slurm(runs, args) if args.slurm_partition else run_here(runs, args.workers))
+    if args.slurm_partition:
+        submit_to_slurm(runs, args)
+    else:
+        sys.exit(run_here(runs, args.workers))
 
 
 if __name__ == "__main__":

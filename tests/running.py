@@ -49,11 +49,12 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
-    """Return once `condition()` is true; fails if the process ends or hangs before."""
+def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    """Return once `condition()` is true; fails if that takes too long, or if the process ends before."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
+        assert process or time.monotonic() < deadline
+        if process and (process.poll() is not None or time.monotonic() > deadline):
             process.kill()
             out, err = process.communicate()
             raise AssertionError(f"exit status {process.returncode} while waiting\n{out}\n{err}")

@@ -11,7 +11,6 @@ import termios
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import cv2
@@ -39,12 +38,6 @@ def private_eye() -> Path:
     return trained_run("ppo_rnd_atari", "PrivateEye", 2)
 
 
-def load(run: Path, num_actions: int) -> tuple[ModuleType, object, object]:
-    """A run's module, arguments and learner."""
-    module, args, checkpoint = enjoy.load_run(run)
-    return module, args, enjoy.load_learner(module, args, checkpoint, num_actions, torch.device("cpu"))
-
-
 def test_whole_games_are_played_and_the_same_again(breakout: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     arguments = [str(breakout), "--episodes", "1", "--output", str(tmp_path / "film"), "--seed", "3"]
     enjoy.main(arguments)
@@ -70,16 +63,17 @@ def test_whole_games_are_played_and_the_same_again(breakout: Path, tmp_path: Pat
 @pytest.mark.parametrize("episodic_life", [False, True])
 def test_a_game_has_the_runs_protocol_and_is_filmed_in_colour(breakout: Path, episodic_life: bool):
     """The same game played once more without a film; losing a life does not end it, --episodic-life or not."""
-    module, args, learner = load(breakout, 4)
-    args = replace(args, env_backend="gymnasium", episodic_life=episodic_life, repeat_action_probability=0.5)
-    actions, film, choose = [], [], enjoy.choose_actions
-    with mock.patch.object(enjoy, "choose_actions", lambda *given: actions.append(choose(*given)) or actions[-1]):
-        episode = enjoy.play(module, args, learner, 5, False, None, film.append)
-    envs = module.AtariEnvs(replace(args, env_backend="envpool", num_envs=1), 5)
+    agent = enjoy.load_agent(breakout)
+    rules = dict(env_backend="gymnasium", episodic_life=episodic_life, repeat_action_probability=0.5)
+    agent.args = replace(agent.args, **rules)
+    actions, film, choose = [], [], enjoy.Agent.choose_actions
+    with mock.patch.object(enjoy.Agent, "choose_actions", lambda *given: actions.append(choose(*given)) or actions[-1]):
+        episode = enjoy.play(agent, 5, False, None, film.append)
+    envs = agent.module.AtariEnvs(replace(agent.args, env_backend="envpool", num_envs=1), 5)
     lives, frames = set(envs.infos[0]["lives"]), [envs.next_obs[0][0, -1]]
     for action in actions:
         was_reset = envs.resets[0].copy()
-        envs.send(0, action.astype(np.int32))
+        envs.send(0, action)
         envs.recv(0)
         lives |= set(envs.infos[0]["lives"])
         frames += [envs.next_obs[0][0, -1]] * (not was_reset)
@@ -95,34 +89,34 @@ def test_a_game_has_the_runs_protocol_and_is_filmed_in_colour(breakout: Path, ep
 
 
 def test_the_intrinsic_reward_is_the_scripts_own(private_eye: Path):
-    module, args, learner = load(private_eye, 18)
-    obs = torch.from_numpy(enjoy.make_envs(module, args, 1).next_obs[0])
-    frames = obs[:, -1:].float() / 256 - learner.obs_stats.mean.float()
+    agent = enjoy.load_agent(private_eye)
+    obs, learner = agent.make_envs(1, 4).next_obs[0], agent.learner
+    frames = torch.from_numpy(obs[:, -1:] / np.float32(256)) - learner.obs_stats.mean.float()
     with torch.no_grad():
         expected = 1e-4 * ((learner.target(frames) - learner.predictor(frames)) ** 2).sum(dim=1).numpy()
-    args = replace(args, int_reward_scale=1e-4)  # below the clip
-    rewards = partial(enjoy.intrinsic_rewards, module, learner)
-    assert rewards(args, obs) == pytest.approx(expected, rel=1e-4) and expected.max() < 1
-    learner.int_return_stats = module.RunningMeanStd()
+    agent.args.int_reward_scale = 1e-4  # below the clip
+    assert agent.intrinsic_rewards(obs) == pytest.approx(expected, rel=1e-4) and expected.max() < 1
+    learner.int_return_stats = agent.module.RunningMeanStd()
     learner.int_return_stats.var.fill_(16)
-    assert rewards(replace(args, norm_int_reward=True), obs) == pytest.approx(expected / 4, rel=1e-4)
+    agent.args.norm_int_reward = True
+    assert agent.intrinsic_rewards(obs) == pytest.approx(expected / 4, rel=1e-4)
     del learner.predictor  # as in a copied script with another kind of novelty
-    assert np.isnan(rewards(args, obs)).all()
+    assert np.isnan(agent.intrinsic_rewards(obs)).all()
 
 
 @pytest.mark.parametrize("flags", [[], ["--greedy"]])
 def test_rooms_are_counted_and_greedy_takes_the_likeliest_action(
     private_eye: Path, tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    likeliest, choose = [], enjoy.choose_actions
+    likeliest, choose = [], enjoy.Agent.choose_actions
 
-    def chosen(module: ModuleType, learner: object, args: object, obs: torch.Tensor, greedy: bool) -> np.ndarray:
-        actions = choose(module, learner, args, obs, greedy)
-        with torch.no_grad(), module.autocast(args, obs.device):
-            likeliest.append(actions.item() == learner.agent(obs)[0].argmax().item())
+    def chosen(agent: enjoy.Agent, obs: np.ndarray, greedy: bool) -> np.ndarray:
+        actions = choose(agent, obs, greedy)
+        with torch.no_grad(), agent.module.autocast(agent.args, torch.device("cpu")):
+            likeliest.append(actions.item() == agent.learner.agent(agent.tensor(obs))[0].argmax().item())
         return actions
 
-    monkeypatch.setattr(enjoy, "choose_actions", chosen)
+    monkeypatch.setattr(enjoy.Agent, "choose_actions", chosen)
     arguments = ["--episodes", "1", "--max-steps", "150", "--film-episodes", "0", "--output", str(tmp_path / "film")]
     enjoy.main([str(private_eye), *flags, *arguments])
     assert len(likeliest) == 150 and sum(likeliest) > 0 and all(likeliest) == bool(flags)
@@ -150,8 +144,8 @@ def test_a_copied_script_plays_with_script(breakout: Path, tmp_path: Path, capsy
     assert "written by my_snd.py" in error_of(capsys, *arguments)
     enjoy.main([*map(str, arguments), "--script", str(copy)])
     assert "Breakout, my_snd, step 1,280" in capsys.readouterr().out
-    modules = [module for module, _, _ in enjoy.load_runs([breakout, run], [copy]).values()]
-    assert [Path(module.__file__) for module in modules] == [ROOT / f"{SND}.py", copy]
+    files = [Path(agent.module.__file__) for agent in enjoy.load_agents([breakout, run], [copy]).values()]
+    assert files == [ROOT / f"{SND}.py", copy]
     assert "no checkpoint was written by" in error_of(capsys, breakout, "--script", copy)
 
 
