@@ -63,6 +63,9 @@ def start_new_games(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
             new = script.AtariEnvs(args, int(np.random.SeedSequence([args.seed, BATCH]).generate_state(1)[0] >> 2))
             new.rooms |= envs.rooms
             vars(envs).update(vars(new))
+            for _ in range(8):  # the warm-up, from which nothing is learned
+                collect_rollout(envs, act, obs, args)
+            envs.finished.clear()
         return collect_rollout(envs, act, obs, args)
 
     monkeypatch.setattr(script, "collect_rollout", collect)
