@@ -171,7 +171,8 @@ LIMITS = {  # the least and the largest value of these flags
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """End the program with one line on standard error."""
-    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    live = "\r\x1b[K" if sys.stdout.isatty() and sys.stderr.isatty() else ""  # wipes the progress line
+    print(f"{live}{SCRIPT}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -919,7 +920,7 @@ def catch_stop_signals() -> list[int]:
 # ---- Main ----
 
 # Played without learning when a run is resumed, for its new games begin all at once, and networks that see nothing but
-# beginnings forget the rest: in Breakout the value loss rose sixfold, with these by half.
+# beginnings forget the rest: in Breakout SND's value loss rose sixfold, with these by half.
 WARM_UP_ROLLOUTS = 8
 
 
@@ -939,7 +940,7 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     print(f"{run_dir}: {game_of(args)}, {num_iterations:,} iterations of {batch_size:,} steps on {device}", flush=True)
     if device.type == "cpu":
-        print("on a CPU, --model A --num-envs 32 is faster; beside other runs, set OMP_NUM_THREADS=1", flush=True)
+        print("on a CPU, --model A --num-envs 32 is a good size; beside other runs, set OMP_NUM_THREADS=1", flush=True)
     else:
         torch.set_num_threads(1)  # more would wait actively and take the processors from the emulators
     torch.backends.cudnn.deterministic = args.torch_deterministic

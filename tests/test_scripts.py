@@ -188,6 +188,10 @@ def test_progress(snd: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setenv("COLUMNS", "20")  # a line that wraps could not be rewritten
     progress.show("playing")
     assert re.fullmatch(r"\r.{19}\x1b\[K", capsys.readouterr().out)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(SystemExit):
+        snd.fail("no")
+    assert capsys.readouterr().err == "\r\x1b[Kppo_snd_atari: no\n"  # in place of that line
 
 
 REFUSED = dict(seed=[-1], num_envs=[0, -1], num_steps=[1], num_minibatches=[0, 3, 64], update_epochs=[0])
