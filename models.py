@@ -41,12 +41,9 @@ class Flatten(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Model D's block: x + relu(1×1 conv(single-head self-attention(x))) over the cells of a feature map.
+    """Model D's block: x + relu(1×1 conv(self-attention(x))), one head; the tokens are the cells of a feature map."""
 
-    The cells of (batch, channels, height, width) are the tokens; scores are scaled by 1 / sqrt(channels).
-    """
-
-    def __init__(self, channels: int = 128):
+    def __init__(self, channels: int):
         super().__init__()
         self.query = linear(channels, channels)
         self.key = linear(channels, channels)
@@ -94,13 +91,8 @@ def make_trunk(model: str) -> tuple[nn.Sequential, int]:
 class ActorCritic(nn.Module):
     """One shared trunk, an actor, and a critic with a value head per reward stream.
 
-    Args:
-        model: "A", "B", "C" or "D".
-        num_actions: actions of the game.
-        num_values: reward streams (2: extrinsic, intrinsic; 3 for SND + entropy).
-        actor_hidden_gain: of the actor's hidden layer. At 0.01 a few gradient steps outweigh it: in Breakout 98 % of
-            its units were dead after the first update; at √2 24 to 31 % after 24 updates.
-        critic_hidden_gain: of the critic's hidden layer (√2 in the variants b1, b3 and c1).
+    num_values is the number of reward streams; the gains are those of the hidden layers. At an actor_hidden_gain of
+    0.01 a few gradient steps outweigh the start: in Breakout 98 % of the actor's units were dead after one update.
     """
 
     def __init__(
@@ -130,8 +122,7 @@ class NoveltyNetwork(nn.Module):
     """Three convolutions and linear layers with ELUs between, for the target, the predictor and the entropy encoder.
 
     The first is the diagrams' 8×8 / 4 as 2×2 / 1 over cells of 4×4 pixels, the same sums: cuDNN's deterministic
-    gradient over a single channel took 0.9 ms for 128 frames (H200). This form has not been timed on a GPU. `widths`
-    are the units of the linear layers, the last of which are the features.
+    gradient over a single channel took 0.9 ms for 128 frames (H200). `widths` are those of the linear layers.
     """
 
     def __init__(self, num_frames: int, widths: list[int]):
