@@ -1,4 +1,7 @@
-"""What the test files share: the three scripts as modules, tiny arguments, recorded play, a training iteration."""
+"""What the test files share: the three scripts as modules, tiny arguments, recorded play, a step of training.
+
+What test_in_step.py proves to be the same in all three is tested with the SND script alone.
+"""
 
 import copy
 import functools
@@ -47,9 +50,10 @@ def script(request: pytest.FixtureRequest) -> ModuleType:
 
 
 @pytest.fixture
-def snd() -> ModuleType:
-    """The SND script, for what test_in_step.py proves to be the same in all three."""
-    return importlib.import_module(SND)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def make_args(script: ModuleType, **changes: object) -> object:
@@ -69,11 +73,6 @@ def built_learner(script: ModuleType, model: str, num_actions: int, num_envs: in
     torch.manual_seed(3)
     args = make_args(script, model=model, num_envs=num_envs, norm_int_reward=norm_int_reward)
     return script.Learner(args, num_actions, torch.device("cpu"))
-
-
-def empty_obs(args: object) -> Tensor:
-    """The frame buffer of a rollout, (T + 1, N, 4, 96, 96) uint8."""
-    return torch.zeros(args.num_steps + 1, args.num_envs, 4, 96, 96, dtype=torch.uint8)
 
 
 def make_rollout(script: ModuleType, dones: Tensor, terminations: Tensor, first_valid: Tensor, seed: int = 0) -> object:
@@ -103,34 +102,25 @@ def random_rollout(script: ModuleType, num_steps: int = 8, num_envs: int = 4) ->
     return make_rollout(script, *map(torch.from_numpy, (dones, terminations, first_valid)))
 
 
-def reward_and_estimate(script: ModuleType, learner: object, rollout: object, args: object) -> tuple[Tensor, ...]:
-    """The steps of `main` between rollout and update: the tensors that `update` takes after the rollout."""
+def reward_and_estimate(
+    script: ModuleType, learner: object, rollout: object, args: object, ring: object = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The steps of `main` between rollout and update: intrinsic rewards, and what `update` takes after the rollout."""
     script.update_obs_stats(learner.obs_stats, rollout)
-    rewards, extra = script.intrinsic_rewards(learner, rollout, args), ()
+    rewards, features = script.intrinsic_rewards(learner, rollout, args), []
     if script.__name__ == RND:
-        rewards, *extra = rewards
+        rewards, *features = rewards
     streams = [rewards]
     if script.__name__ == ENTROPY:
-        ring = script.FeatureRing(args.entropy_buffer_size)
+        ring = ring or script.FeatureRing(args.entropy_buffer_size)
         streams.append(script.entropy_rewards(learner, rollout, ring, args))
-    return *script.estimate_advantages(rollout, *streams, args), *extra
+    return streams, [*script.estimate_advantages(rollout, *streams, args), *features]
 
 
 def update(script: ModuleType, learner: object, rollout: object, inputs: tuple, args: object) -> dict[str, Tensor]:
     """The script's `update` with its functions bound as in `main` on a CPU."""
     steps = [partial(step, learner, args) for step in (script.train_policy, script.train_novelty)]
     return script.update(rollout, *inputs, *steps, args)
-
-
-def train(script: ModuleType, args: object) -> object:
-    """Train for one iteration as `main` does, in this process; returns the learner."""
-    envs = script.AtariEnvs(args, args.seed)
-    learner = make_learner(script, args, envs.num_actions)
-    script.init_obs_stats(learner.obs_stats, args, args.seed)
-    torch.manual_seed(args.seed)
-    rollout = script.collect_rollout(envs, partial(script.act, learner, args), empty_obs(args), args)
-    update(script, learner, rollout, reward_and_estimate(script, learner, rollout, args), args)
-    return learner
 
 
 class Recorder:
@@ -187,7 +177,6 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 
 
 def run_script(script: str | Path, flags: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script to its end in a folder of its own."""
-    path = script if isinstance(script, Path) else ROOT / f"{script}.py"
-    command = [sys.executable, str(path), *flags]
+    """Run a script, named without its ending, to its end in a folder of its own."""
+    command = [sys.executable, f"{ROOT / script}.py", *flags]
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

@@ -1,6 +1,5 @@
 """Checkpoints and --resume, on real runs and on files from elsewhere."""
 
-import importlib
 import os
 import pickle
 import random
@@ -33,33 +32,29 @@ from running import (
     wait_until,
 )
 
+import ppo_snd_atari as snd
 
-def test_resume_equals_an_uninterrupted_run(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+def test_resume_equals_an_uninterrupted_run(script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Stopping changes nothing but the games: with new ones at that point, all is equal bit for bit."""
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    stopped.mkdir()
-    monkeypatch.chdir(stopped)
     assert call_main(script, flags(1, "--norm-int-reward")) == 0
     assert call_main(script, resume(2)) == 0
-    whole.mkdir()
-    monkeypatch.chdir(whole)
     start_new_games(script, monkeypatch)
-    assert call_main(script, flags(2, "--norm-int-reward")) == 0
-    assert_equal(read_checkpoint(stopped / RUN), read_checkpoint(whole / RUN))
-    assert read_scalars(stopped / RUN, speed=False) == read_scalars(whole / RUN, speed=False)
-    assert_whole_curve(stopped / RUN, 2)
+    assert call_main(script, flags(2, "--norm-int-reward", "--run-name", "whole")) == 0
+    stopped, whole = read_checkpoint(RUN), read_checkpoint(RUN.with_name("whole"))
+    assert stopped["args"].pop("run_name") != whole["args"].pop("run_name")
+    assert_equal(stopped, whole)
+    assert read_scalars(RUN, speed=False) == read_scalars(RUN.with_name("whole"), speed=False)
+    assert_whole_curve(RUN, 2)
 
 
 def start_new_games(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the second iteration begin with the games, and the memory of the games, of a run resumed there."""
-    collect_rollout, iteration = script.collect_rollout, 0
+    collect_rollout, iterations = script.collect_rollout, []
 
     def collect(envs: object, act: Callable, obs: torch.Tensor, args: object) -> object:
-        nonlocal iteration
-        iteration += 1
-        if iteration == 2:
+        iterations.append(envs)
+        if len(iterations) == 2:
             new = script.AtariEnvs(args, int(np.random.SeedSequence([args.seed, BATCH]).generate_state(1)[0] >> 2))
             new.rooms |= envs.rooms
             vars(envs).update(vars(new))
@@ -84,15 +79,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert call_main(importlib.import_module(SND), flags(1)) == 0
+        assert call_main(snd, flags(1)) == 0
     return folder
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+def run(trained: Path, folder: Path) -> dict:
     """That run in the working folder; returns its checkpoint."""
-    shutil.copytree(trained, tmp_path / "copy", copy_function=os.link)  # a new checkpoint replaces the file
-    monkeypatch.chdir(tmp_path / "copy")
+    shutil.copytree(trained, folder, copy_function=os.link, dirs_exist_ok=True)  # a new checkpoint replaces the file
     return read_checkpoint(RUN)
 
 
@@ -102,17 +96,17 @@ def write_checkpoint(state: object) -> None:
     torch.save(state, RUN / "checkpoint.pt")
 
 
-def test_rooms_and_scores_go_on(run: dict, snd: ModuleType) -> None:
-    """A resumed run counts on from the rooms and the last 100 scores of its checkpoint."""
-    run["counters"] |= {"rooms": [1, 7], "scores": [float(score) for score in range(150)]}
+def test_counters_go_on(run: dict):
+    """From the steps, rooms and last 100 scores of the checkpoint, also with another number of games."""
+    run["counters"] |= {"rooms": [1, 7], "scores": [*range(150)]}
     write_checkpoint(run)
-    assert call_main(snd, resume(2)) == 0
-    counters = {"global_step": 2 * BATCH, "rooms": [1, 7], "scores": [float(score) for score in range(50, 150)]}
+    assert call_main(snd, resume(3, "--num-envs", "8")) == 0
+    counters = {"global_step": 3 * BATCH, "rooms": [1, 7], "scores": [*range(50, 150)]}
     assert read_checkpoint(RUN)["counters"] == counters
-    assert read_scalars(RUN)["charts/explored_rooms"] == [(BATCH, 1), (2 * BATCH, 2)]
+    assert read_scalars(RUN)["charts/explored_rooms"] == [(BATCH, 1), (3 * BATCH, 2)]
 
 
-def test_changed_learning_rate(run: dict, snd: ModuleType) -> None:
+def test_changed_learning_rate(run: dict):
     """With ten times the rate the first step is ten times as long, for the moments come from the file."""
     steps = []
     for changed in ([], ["--learning-rate", "0.001"]):
@@ -129,36 +123,27 @@ def test_changed_learning_rate(run: dict, snd: ModuleType) -> None:
     assert read_scalars(RUN)["charts/learning_rate"][-1] == (2 * BATCH, pytest.approx(1e-3))
 
 
-def test_changed_number_of_games(run: dict, snd: ModuleType) -> None:
-    """Iterations of another size go on where the old ones ended."""
-    assert call_main(snd, resume(3, "--num-envs", "8")) == 0
-    assert read_checkpoint(RUN)["counters"]["global_step"] == 3 * BATCH
-    assert [step for step, _ in read_scalars(RUN)["losses/value_loss"]] == [BATCH, 3 * BATCH]
-
-
-def test_other_model_is_refused(run: dict, snd: ModuleType, capsys: pytest.CaptureFixture) -> None:
-    """Its networks do not fit; the run stays as it was."""
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (resume(2, "--model", "B"), "the checkpoint does not fit these arguments"),
+        (flags(2), "runs/run holds a run already: go on with --resume runs/run"),
+    ],
+)
+def test_run_is_not_spoilt(run: dict, arguments: list[str], words: str, capsys: pytest.CaptureFixture):
+    """By networks that do not fit, nor by a new run of its name: the folder stays as it was."""
     before = sorted(RUN.iterdir())
-    assert call_main(snd, resume(2, "--model", "B")) == 2
-    assert "the checkpoint does not fit these arguments" in error_line(capsys)
+    assert call_main(snd, arguments) == 2
+    assert words in error_line(capsys)
     assert sorted(RUN.iterdir()) == before
     assert_equal(read_checkpoint(RUN), run)
 
 
-def test_finished_run_says_so(
-    run: dict, snd: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_finished_run_says_so(run: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Before anything is built, and what goes on with it; exit status 0."""
     monkeypatch.setattr(snd, "AtariEnvs", lambda *_, **__: pytest.fail("something was built"))
     assert call_main(snd, ["--resume", "runs/run"]) == 0
     assert capsys.readouterr() == ("runs/run is finished: 32 steps; to go on, raise --total-timesteps\n", "")
-
-
-def test_existing_run_name_is_refused(run: dict, snd: ModuleType, capsys: pytest.CaptureFixture) -> None:
-    """A new run never writes over an old one."""
-    assert call_main(snd, flags(2)) == 2
-    assert "runs/run holds a run already: go on with --resume runs/run" in error_line(capsys)
-    assert_equal(read_checkpoint(RUN), run)
 
 
 class Touch:
@@ -184,11 +169,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("make", FILES.values(), ids=FILES)
-def test_file_from_elsewhere_is_refused(
-    make: Callable, tmp_path: Path, snd: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_file_from_elsewhere_is_refused(make: Callable, folder: Path, capsys: pytest.CaptureFixture):
     """One line that names the file and the script, exit status 2; no code in it runs and nothing is written."""
-    monkeypatch.chdir(tmp_path)
     RUN.mkdir(parents=True)
     path = RUN / "checkpoint.pt"
     torch.save(SMALL, path)
@@ -197,16 +179,20 @@ def test_file_from_elsewhere_is_refused(
     line = error_line(capsys)
     assert line.startswith("ppo_snd_atari: runs/run/checkpoint.pt is not a checkpoint of ppo_snd_atari: ")
     assert RND in line or make is not FILES["another script's"]
-    assert [*tmp_path.iterdir()] == [tmp_path / "runs"] and [*RUN.iterdir()] == [path]
+    assert [*folder.iterdir()] == [folder / "runs"] and [*RUN.iterdir()] == [path]
 
 
-def kill_many_times(script: str, kills: int, folder: Path) -> None:
-    """Kill -9 and resume a run, every other time inside the write of a checkpoint."""
-    run_dir, rng = folder / RUN, random.Random(script)
+TORTURE = [pytest.param(script, 20, marks=pytest.mark.torture) for script in SCRIPTS]
+
+
+@pytest.mark.parametrize(("script", "kills"), [(SND, 2), *TORTURE])
+def test_killed_run_goes_on(script: str, kills: int, tmp_path: Path):
+    """After a kill -9 at any instant, every other time inside the write of a checkpoint, all that goes on fits."""
+    run_dir, rng = tmp_path / RUN, random.Random(script)
     path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
     arguments, last, newest = [*flags(1, "--checkpoint-interval", "2"), *ENDLESS], 0, 0
     for kill in range(kills + 1):
-        process = start(script, arguments, folder)
+        process = start(script, arguments, tmp_path)
         wait_until(lambda old=newest: path.exists() and path.stat().st_mtime_ns > old, process)
         if kill == kills:
             process.send_signal(signal.SIGTERM)
@@ -230,15 +216,3 @@ def kill_many_times(script: str, kills: int, folder: Path) -> None:
     assert_whole_curve(run_dir, last)
     assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {"checkpoint", "events"}
     assert not temporary.exists()
-
-
-def test_killed_run_goes_on(tmp_path: Path) -> None:
-    """After a kill -9 at any instant the counters, statistics, optimisers and curves fit together."""
-    kill_many_times(SND, 2, tmp_path)
-
-
-@pytest.mark.torture
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_run_killed_twenty_times_goes_on(script: str, tmp_path: Path) -> None:
-    """The same twenty times with each script."""
-    kill_many_times(script, 20, tmp_path)

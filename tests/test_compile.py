@@ -11,7 +11,7 @@ import ppo_snd_atari as snd
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler")
-def test_compile_on_and_off_agree() -> None:
+def test_compile_on_and_off_agree():
     """One step of every network: the same losses, and gradients but for bfloat16's rounding, where there is one."""
     losses, gradients = [], []
     for compile_networks in (False, True):
@@ -19,7 +19,7 @@ def test_compile_on_and_off_agree() -> None:
         args = make_args(snd, compile=compile_networks, num_minibatches=1, bf16=True)
         torch.manual_seed(3)
         learner, rollout = snd.Learner(args, 4, torch.device("cpu")), random_rollout(snd)
-        inputs = reward_and_estimate(snd, learner, rollout, args)
+        _, inputs = reward_and_estimate(snd, learner, rollout, args)
         torch.manual_seed(4)
         counters.clear()
         losses.append(torch.stack(list(update(snd, learner, rollout, inputs, args).values())))

@@ -19,38 +19,51 @@ from torch.utils.tensorboard import SummaryWriter
 
 BATCH = 4 * 64  # agent steps of an iteration of `trained_run`
 error_of = partial(error_of, curves.main)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
-def write_run(folder: Path, scores: dict[int, float] | None = None, resumed_at: int = 0, **args: object) -> Path:
+def draw(*arguments: object) -> None:
+    """Run the program."""
+    curves.main([*map(str, arguments)])
+
+
+def write_csv(*rows: str, name: str = "c.csv") -> Path:
+    """Curves as a CSV of scores."""
+    path = Path(name)
+    path.write_text("\n".join(["game,method,seed,agent_steps,score", *rows]))
+    return path
+
+
+def write_run(folder: str, scores: dict[int, float] | None = None, resumed_at: int = 0, **args: object) -> Path:
     """An event file as the scripts write it: scores {step: value}; rooms are 1, the intrinsic reward is 0.5."""
     args = {"env_id": "ALE/Venture-v5", "seed": 1} | args
     rows = "".join(f"\n|{key}|{value}|" for key, value in args.items())
-    with SummaryWriter(str(folder), purge_step=resumed_at + 1, filename_suffix=f".{resumed_at}") as writer:
+    with SummaryWriter(folder, purge_step=resumed_at + 1, filename_suffix=f".{resumed_at}") as writer:
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|{rows}", resumed_at)
         for step, score in ({100: 1.0, 200: 2.0} if scores is None else scores).items():
             writer.add_scalar("charts/episodic_return", score, step)
             writer.add_scalar("charts/explored_rooms", 1, step)
             writer.add_scalar("charts/intrinsic_reward", 0.5, step)
-    return folder
+    return Path(folder)
 
 
-def test_real_runs_become_figures_a_table_and_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_real_runs_become_figures_a_table_and_a_csv(capsys: pytest.CaptureFixture):
     run = trained_run("ppo_snd_atari", "Breakout", 5)
-    curves.main([str(run.parents[1]), "--output", str(tmp_path), "--window", str(BATCH), "--at", "1e3", "1e6"])
+    draw(run.parents[1], "--window", BATCH, "--at", "1e3", "1e6")
     for metric in ("score", "intrinsic_reward"):
-        assert image.imread(tmp_path / f"Breakout_{metric}.png").std() > 0.01
-        assert (tmp_path / f"Breakout_{metric}.svg").exists()
-    assert not (tmp_path / "Breakout_explored_rooms.png").exists()  # Breakout has no rooms
-    table = pd.read_csv(tmp_path / "curves.csv")
+        assert image.imread(f"curves/Breakout_{metric}.png").std() > 0.01
+        assert Path(f"curves/Breakout_{metric}.svg").exists()
+    assert not Path("curves/Breakout_explored_rooms.png").exists()  # Breakout has no rooms
+    table = pd.read_csv("curves/curves.csv")
     assert table["agent_steps"].tolist() == [BATCH * (i + 1) for i in range(5)]
     assert set(table["method"]) == {"ppo_snd_atari"} and (table["intrinsic_reward"] > 0).all()
     assert "| ppo_snd_atari |" in capsys.readouterr().out
 
 
-def test_what_a_resumed_run_did_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture):
-    write_run(tmp_path, {100: 1.0, 200: 2.0, 300: 3.0}, gamma=0.99)
-    write_run(tmp_path, {200: 20.0, 300: 30.0, 400: 40.0}, resumed_at=100, gamma=0.9)
-    run = curves.read_events(tmp_path)
+def test_what_a_resumed_run_did_twice_counts_once(capsys: pytest.CaptureFixture):
+    write_run("a", {100: 1.0, 200: 2.0, 300: 3.0}, gamma=0.99)
+    run = write_run("a", {200: 20.0, 300: 30.0, 400: 40.0}, resumed_at=100, gamma=0.9)
+    run = curves.read_events(run)
     assert run.log["score"].to_dict() == {100: 1, 200: 20, 300: 30, 400: 40}
     assert "resumed with another gamma" in capsys.readouterr().err
 
@@ -64,31 +77,29 @@ def test_a_point_is_the_mean_of_its_window():
     assert np.isnan(means(100)["score"].iloc[3])  # (300, 400] holds nothing
 
 
-def test_a_table_never_shows_a_maximum_nor_a_step_that_was_not_reached(tmp_path: Path):
+def test_a_table_never_shows_a_maximum_nor_a_step_that_was_not_reached():
     steps = range(100, 1001, 100)
-    write_run(tmp_path / "a/seed_1", {step: 900.0 if step == 300 else 10.0 for step in steps})
-    write_run(tmp_path / "a/seed_2", {step: 20.0 for step in steps if step <= 500}, seed=2)
-    write_run(tmp_path / "b/seed_1", {step: 5.0 for step in steps if step <= 500})
-    arguments = ["--window", "200", "--at", "400", "1000", "1200", "--output", str(tmp_path / "out")]
-    curves.main([str(tmp_path), *arguments])
-    table = pd.read_csv(tmp_path / "out/table.csv").query("metric == 'score'")
+    write_run("a/seed_1", {step: 900.0 if step == 300 else 10.0 for step in steps})
+    write_run("a/seed_2", {step: 20.0 for step in steps if step <= 500}, seed=2)
+    write_run("b/seed_1", {step: 5.0 for step in steps if step <= 500})
+    draw("a", "b", "--window", 200, "--at", 400, 1000, 1200)
+    table = pd.read_csv("curves/table.csv").query("metric == 'score'")
     assert table[["seeds", "value"]].to_numpy().tolist() == [[2, (455 + 20) / 2], [1, 10], [1, 5]]
-    lines = (tmp_path / "out/table.md").read_text().splitlines()
+    lines = Path("curves/table.md").read_text().splitlines()
     assert {"| a | 238 [20, 455] (2) | 10 (1) |", "| b | 5 (1) |  |"} <= set(lines)
 
 
-def test_a_long_run_is_read_whole(tmp_path: Path):
-    steps = list(range(1, 10_102))  # TensorBoard's own reader keeps 10,000
-    write_run(tmp_path, dict.fromkeys(steps, 1.0))
-    assert curves.read_events(tmp_path).log.index.tolist() == steps
+def test_a_long_run_is_read_whole():
+    run = write_run("a", dict.fromkeys(range(1, 10_102), 1.0))  # TensorBoard's own reader keeps 10,000
+    assert curves.read_events(run).log.index.tolist() == [*range(1, 10_102)]
 
 
-def figures_of(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> dict[str, plt.Figure]:
+def figures_of(*arguments: object) -> dict[str, plt.Figure]:
     """The figures by game, for the score."""
     figures = []
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plt, "close", figures.append)
-        curves.main([*map(str, arguments)])
+        draw(*arguments)
     plt.close("all")
     drawn = [(figure, figure.axes[0]) for figure in figures]
     return {axes.get_title(): figure for figure, axes in drawn if axes.get_ylabel() == "score of a game"}
@@ -99,16 +110,13 @@ def labelled(figure: plt.Figure) -> dict[str, plt.Line2D]:
     return {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
 
 
-def test_a_figure_shows_the_statistic_and_its_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_figure_shows_the_statistic_and_its_interval():
     for seed, score in ((1, 10.0), (2, 20.0), (3, 60.0)):
-        write_run(tmp_path / f"a/Venture/{seed}", dict.fromkeys((100, 200, 400, 500), score), seed=seed)
+        write_run(f"a/Venture/{seed}", dict.fromkeys((100, 200, 400, 500), score), seed=seed)
     for game in ("Venture", "Pitfall"):
-        write_run(tmp_path / f"b/{game}/1", env_id=f"{game}-v5")
-    rows = ["game,method,seed,agent_steps,score", "ventureRevenge,s,1,100,1"]
-    rows += [f"venture,r,1,{step},{score}" for step, score in ((100, 7), (300, 9), (700, 13))]
-    (tmp_path / "c.csv").write_text("\n".join(rows))
-    arguments = [tmp_path / "a", tmp_path / "b", "--window", "100", "--output", tmp_path / "out"]
-    figures = figures_of([*arguments, "--reference", tmp_path / "c.csv"], monkeypatch)
+        write_run(f"b/{game}/1", env_id=f"{game}-v5")
+    theirs = ["ventureRevenge,s,1,100,1", "venture,r,1,100,7", "venture,r,1,300,9", "venture,r,1,700,13"]
+    figures = figures_of("a", "b", "--window", 100, "--reference", write_csv(*theirs))
     lines = labelled(figures["Venture"])
     assert list(lines) == ["author's r (1 seed)", "a (3 seeds)", "b (1 seed)"]
     r, a, b = lines.values()
@@ -124,10 +132,10 @@ def test_a_figure_shows_the_statistic_and_its_interval(tmp_path: Path, monkeypat
     assert sorted(titles) == ["", "mean over seeds, band: 95 % bootstrap interval"]  # one seed has neither
 
 
-def test_a_line_has_no_kink_where_a_seed_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_line_has_no_kink_where_a_seed_ends():
     for seed, last in ((1, 300), (2, 600)):
-        write_run(tmp_path / f"a/{seed}", dict.fromkeys(range(100, last + 1, 100), 10.0 * seed), seed=seed)
-    (figure,) = figures_of([tmp_path, "--window", "100", "--output", tmp_path / "out"], monkeypatch).values()
+        write_run(f"a/{seed}", dict.fromkeys(range(100, last + 1, 100), 10.0 * seed), seed=seed)
+    (figure,) = figures_of("a", "--window", 100).values()
     (mean,) = labelled(figure).values()
     assert mean.get_xydata().tolist() == [[step, 15] for step in (100, 200, 300)]
     alone = [line.get_xydata() for line in figure.axes[0].lines if line is not mean]
@@ -136,9 +144,8 @@ def test_a_line_has_no_kink_where_a_seed_ends(tmp_path: Path, monkeypatch: pytes
     assert {line.get_color() for line in figure.axes[0].lines} == {mean.get_color()}
 
 
-def test_a_single_point_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_run(tmp_path / "a", {100: 7.0})
-    (figure,) = figures_of([tmp_path / "a", "--output", tmp_path / "out"], monkeypatch).values()
+def test_a_single_point_is_seen():
+    (figure,) = figures_of(write_run("a", {100: 7.0})).values()
     (line,) = labelled(figure).values()
     assert line.get_xydata().tolist() == [[100, 7]] and line.get_marker() == "o"
     low, high = figure.axes[0].get_xlim()
@@ -154,17 +161,17 @@ def test_intervals_agree_with_another_bootstrap():
     assert curves.aggregate(seeds, "iqm")[0][0] == pytest.approx(np.sort(seeds[:, 0])[2:8].mean())
 
 
-def test_statistic_and_rooms_reach_the_table_and_exported_curves_are_read_again(tmp_path: Path):
+def test_statistic_and_rooms_reach_the_table_and_exported_curves_are_read_again():
     for seed in (1, 2, 3, 50):
-        write_run(tmp_path / f"a/seed_{seed}", {step: seed * step for step in range(100, 1001, 50)}, seed=seed)
+        write_run(f"a/seed_{seed}", {step: seed * step for step in range(100, 1001, 50)}, seed=seed)
     for source, output in (("a", "1"), ("1/curves.csv", "2")):
-        arguments = ["--window", "200", "--at", "600", "--statistic", "iqm", "--output", str(tmp_path / output)]
-        curves.main(["--runs", f"a={tmp_path}/{source}", *arguments])
-    table = pd.read_csv(tmp_path / "1/table.csv")
+        arguments = ["--window", 200, "--at", 600, "--statistic", "iqm", "--output", output]
+        draw("--runs", f"a={source}", *arguments)
+    table = pd.read_csv("1/table.csv")
     assert table[["metric", "value"]].to_numpy().tolist() == [["score", 2.5 * 525], ["explored_rooms", 1]]
-    assert "interquartile mean" in (tmp_path / "1/table.md").read_text()
+    assert "interquartile mean" in Path("1/table.md").read_text()
     for name in ("table.csv", "curves.csv"):
-        assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text()
+        assert Path("1", name).read_text() == Path("2", name).read_text()
 
 
 @pytest.mark.parametrize(("game", "methods"), [("Montezuma", 2), ("Breakout", 7)])
@@ -184,17 +191,15 @@ def test_the_results_page_shows_what_its_raw_curves_hold(game: str, methods: int
     assert [row for row in rows if row.rstrip("| ") not in shown] == []
 
 
-def test_a_csv_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_csv_of_several_methods(capsys: pytest.CaptureFixture):
     rows = [f"Venture,method_{i},1,{step},{step}" for i in range(7) for step in (100, 200)]
-    (tmp_path / "c.csv").write_text("\n".join(["game,method,seed,agent_steps,score", *rows]))
-    (one,) = curves.read_csv(tmp_path / "c.csv", "method_1")
+    (one,) = curves.read_csv(write_csv(*rows), "method_1")
     assert one.method == "method_1" and one.log["score"].to_dict() == {100: 100, 200: 200}
-    assert "none is c: method_0, method_1" in error_of(capsys, "--runs", f"c={tmp_path}/c.csv")
-    arguments = [write_run(tmp_path / "a"), "--output", tmp_path / "out", "--reference", tmp_path / "c.csv"]
+    assert "none is c: method_0, method_1" in error_of(capsys, "--runs", "c=c.csv")
+    arguments = [write_run("a"), "--reference", "c.csv"]
     assert "no method nobody" in error_of(capsys, *arguments, "--reference-methods", "nobody")
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "c.csv").write_text("\n".join(["game,method,seed,agent_steps,score", *rows[:2]]))
-    assert [run.method for run in curves.read_csv(tmp_path / "c.csv", "c")] == ["c"]
+    assert not Path("curves").exists()
+    assert [run.method for run in curves.read_csv(write_csv(*rows[:2]), "c")] == ["c"]
 
 
 @pytest.mark.parametrize(
@@ -216,38 +221,34 @@ def test_a_folder_tells_the_method():
     assert curves.method_of(Path("runs/Venture__ppo_snd_atari__3__1700000000"), "Venture") == "ppo_snd_atari"
 
 
-def test_a_damaged_file_keeps_its_records_before_the_damage(tmp_path: Path):
+def test_a_damaged_file_keeps_its_records_before_the_damage():
     scores = {step: float(step) for step in range(100, 1100, 100)}
-    (file,) = write_run(tmp_path, scores).iterdir()
+    (file,) = write_run("a", scores).iterdir()
     content = file.read_bytes()
-    middle = len(content) * 2 // 3
-    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    (flipped := bytearray(content))[len(content) * 2 // 3] ^= 1
     for damaged, most in ((flipped, 9), (content[:-5], 10)):  # of the last step only the intrinsic reward is cut off
         file.write_bytes(damaged)
-        steps = curves.read_events(tmp_path).log.index.tolist()
+        steps = curves.read_events(file.parent).log.index.tolist()
         assert 2 <= len(steps) <= most and steps == list(scores)[: len(steps)]
 
 
-def test_what_cannot_be_used_is_left_out_unless_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture):
-    (bad := tmp_path / "bad").mkdir()
+def test_what_cannot_be_used_is_left_out_unless_nothing_is_left(capsys: pytest.CaptureFixture):
+    (bad := Path("bad")).mkdir()
     with SummaryWriter(str(bad / "foreign")) as writer:
         writer.add_scalar("loss", 1.0, 1)
-    write_run(bad / "young", {})
-    write_run(bad / "other", env_id="Venture-ram-v4")
-    (cut,) = write_run(bad / "cut").iterdir()
+    write_run("bad/young", {})
+    write_run("bad/other", env_id="Venture-ram-v4")
+    (cut,) = write_run("bad/cut").iterdir()
     cut.write_bytes(cut.read_bytes()[:60])
     (bad / "noise").mkdir()
     (bad / "noise/events.out.tfevents.1").write_bytes(b"noise" * 100)
     (bad / "columns.csv").write_text("game,method\nVenture,x\n")
-    (bad / "words.csv").write_text("game,method,seed,agent_steps,score\nVenture,x,1,100,high\n")
+    write_csv("Venture,x,1,100,high", name="bad/words.csv")
     (bad / "nothing.csv").write_text("")
-    arguments = [bad, *sorted(bad.glob("*.csv")), "--runs", f"SND={tmp_path}/nothing/*", "--output", tmp_path / "out"]
-    reasons = {
-        "foreign": "no hyperparameters/text_summary",
+    arguments = [bad, *sorted(bad.glob("*.csv")), "--runs", "SND=nothing/*"]
+    reasons = dict.fromkeys(["foreign", "cut", "noise"], "no hyperparameters/text_summary") | {
         "young": "it has logged nothing yet",
         "other": "unknown env_id Venture-ram-v4",
-        "cut": "no hyperparameters/text_summary",
-        "noise": "no hyperparameters/text_summary",
         "columns.csv": "no column seed, agent_steps; expected",
         "words.csv": "could not convert",
         "nothing.csv": "No columns",
@@ -255,27 +256,26 @@ def test_what_cannot_be_used_is_left_out_unless_nothing_is_left(tmp_path: Path, 
     }
     refusal = error_of(capsys, *arguments)
     assert "no usable run: " in refusal and all(reason in refusal for reason in reasons.values())
-    assert not (tmp_path / "out").exists()
-    write_run(tmp_path / "good/seed_1")
-    curves.main([str(tmp_path / "good"), *map(str, arguments)])
+    assert not Path("curves").exists()
+    draw(write_run("good/seed_1"), *arguments)
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == len(reasons) and all("warning: left out: " in line for line in warnings)
     for name, reason in reasons.items():
-        assert sum(f"/{name}: " in line and reason in line for line in warnings) == 1, name
-    assert set(pd.read_csv(tmp_path / "out/curves.csv")["method"]) == {"good"}
+        assert sum(f"{name}: " in line and reason in line for line in warnings) == 1, name
+    assert set(pd.read_csv("curves/curves.csv")["method"]) == {"good"}
 
 
-def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_bad_input_ends_with_one_line(capsys: pytest.CaptureFixture):
     refused = partial(error_of, capsys)
-    assert "METHOD=PATH" in refused("--runs", tmp_path)
+    assert "METHOD=PATH" in refused("--runs", "a")
     assert "name the runs" in refused()
-    assert "inf is no number of agent steps" in refused(tmp_path, "--window", "inf")
-    assert "shorter than the window of 1,000 steps" in refused(write_run(tmp_path / "a"), "--window", "1e3")
+    assert "inf is no number of agent steps" in refused("a", "--window", "inf")
+    assert "shorter than the window of 1,000 steps" in refused(write_run("a"), "--window", "1e3")
 
-    write_run(tmp_path / "twice/x/seed_1")
-    (tmp_path / "other.csv").write_text("game,method,seed,agent_steps,score\nventure,x,1,100,3\nventure,x,1,200,3\n")
-    assert "twice" in refused(tmp_path / "twice", "--runs", f"x={tmp_path}/other.csv")
+    write_run("twice/x/seed_1")
+    other = write_csv("venture,x,1,100,3", "venture,x,1,200,3")
+    assert "again" in refused("twice", "--runs", f"x={other}")
 
     for seed, model in ((1, "A"), (2, "C")):
-        write_run(tmp_path / f"differ/x/seed_{seed}", seed=seed, model=model)
-    assert "differ in model" in refused(tmp_path / "differ")
+        write_run(f"differ/x/seed_{seed}", seed=seed, model=model)
+    assert "differ in model" in refused("differ")

@@ -10,33 +10,15 @@ from conftest import make_args, make_learner, make_rollout
 import ppo_snd_entropy_atari as entropy
 
 
-class Windows:
-    """The last `size` features of each environment as plain lists; the methods of FeatureRing, in float64."""
-
-    def __init__(self, size: int, features: torch.Tensor):
-        self.size, self.windows = size, [[feature] * size for feature in features.double().numpy()]
-
-    def begin(self, features: torch.Tensor) -> None:
-        """Move every window so that it ends in features (N, dims)."""
-        pairs = zip(self.windows, features.double().numpy(), strict=True)
-        self.windows = [[old + new - window[-1] for old in window] for window, new in pairs]
-
-    def push(self, features: torch.Tensor, starts: torch.Tensor) -> np.ndarray:
-        """The deviations (N, dims) after adding features (N, dims); `starts` (N,) bool fills a window."""
-        for i, feature in enumerate(features.double().numpy()):
-            self.windows[i] = [feature] * self.size if starts[i] else [*self.windows[i][1:], feature]
-        return np.stack([np.std(window, axis=0, ddof=1) for window in self.windows])
-
-
 @pytest.mark.parametrize("size", [2, 3, 20])
 @torch.no_grad()
-def test_entropy_rewards(size: int) -> None:
+def test_entropy_rewards(size: int):
     """Row t is paid for the window up to obs[t + 1]; an episode's first observation fills it; rollouts join.
 
     Between the rollouts the encoder learns: who stands still is not paid for that. Reset rows are paid nothing.
     """
     args = make_args(entropy, entropy_buffer_size=size, entropy_scale=0.9, num_steps=10)
-    learner, ring, windows = make_learner(entropy, args), entropy.FeatureRing(size), None
+    learner, ring, windows = make_learner(entropy, args), entropy.FeatureRing(size), np.zeros((4, size, 256))
     dones = torch.zeros(10, 4, dtype=torch.bool)
     none = torch.zeros_like(dones)
     dones[4, 0] = dones[9, 1] = dones[0, 2] = dones[7, 2] = True  # game 3 goes on
@@ -49,11 +31,12 @@ def test_entropy_rewards(size: int) -> None:
     torch.manual_seed(4)
     for rollout in rollouts:
         rewards = entropy.entropy_rewards(learner, rollout, ring, args)
-        features = [learner.encoder(obs.float() / 256) for obs in rollout.obs]
-        windows = windows or Windows(size, features[0])
-        windows.begin(features[0])
+        first, *features = (learner.encoder(obs.float() / 256).double().numpy()[:, None] for obs in rollout.obs)
+        windows += first - windows[:, -1:]  # of the last `size` features of each game
         for t, valid in enumerate(rollout.valid):
-            expected = 0.9 * windows.push(features[t + 1], ~valid).mean(axis=1)
+            longer = np.concatenate([windows[:, 1:], features[t]], axis=1)
+            windows = np.where(valid[:, None, None], longer, features[t])
+            expected = 0.9 * windows.std(axis=1, ddof=1).mean(axis=1)
             np.testing.assert_allclose(rewards[t].numpy(), expected.clip(0, 1), atol=1e-4)
             assert (rewards[t][~valid] == 0).all()
         for parameter in learner.encoder.parameters():

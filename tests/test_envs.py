@@ -1,13 +1,14 @@
 """Both backends on the real emulators: one protocol, the same frames, true scores, rooms."""
 
 from functools import partial
-from types import ModuleType
 
 import ale_py.vector_env
 import envpool
 import numpy as np
 import pytest
 from conftest import BACKENDS, GAMES, Recorder, make_args
+
+import ppo_snd_atari as snd
 
 # The room where a game starts, and those next to it that random play may reach.
 ROOMS = {"MontezumaRevenge": [1], "Gravitar": [32], "Venture": [8], "Solaris": [21]}
@@ -16,7 +17,7 @@ ROOMS |= {"Pitfall": [196, 226, 113, 137], "PrivateEye": [0, 31, 30, 1, 2, 19]}
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("game", GAMES)
-def test_protocol(snd: ModuleType, game: str, backend: str) -> None:
+def test_protocol(game: str, backend: str):
     """Three spellings of an id, shapes, types, stacks with the newest frame last, true rewards, rooms.
 
     After a reset EnvPool repeats the first frame, ALE's other frames are black.
@@ -41,7 +42,7 @@ def test_protocol(snd: ModuleType, game: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("game", GAMES[:7])
-def test_backends_are_identical(snd: ModuleType, monkeypatch: pytest.MonkeyPatch, game: str) -> None:
+def test_backends_are_identical(monkeypatch: pytest.MonkeyPatch, game: str):
     """Without stickiness and with equal start no-ops: the same frames, rewards, ends and scores, bit by bit.
 
     But for a truncated game's final frame, which ALE mixes with the frame before.
@@ -74,7 +75,7 @@ def slow_room(game: str, ram: list[int], last_ram: list[int], first: bool) -> in
 
 
 @pytest.mark.parametrize("game", GAMES[:6])
-def test_rooms_of_any_memory(snd: ModuleType, game: str) -> None:
+def test_rooms_of_any_memory(game: str):
     """Those of every kind of memory: other levels, modes and warps than random play reaches."""
     rng = np.random.default_rng(0)
     ram, last_ram = rng.integers(0, 256, (2, 2000, 128), dtype=np.uint8)
@@ -87,9 +88,7 @@ def test_rooms_of_any_memory(snd: ModuleType, game: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("episodic_life", [False, True])
 @pytest.mark.parametrize("limit", [60, 4500, "first end"])
-def test_scores_and_ends(
-    snd: ModuleType, monkeypatch: pytest.MonkeyPatch, backend: str, episodic_life: bool, limit: int | str
-) -> None:
+def test_scores_and_ends(monkeypatch: pytest.MonkeyPatch, backend: str, episodic_life: bool, limit: int | str):
     """Against Breakout's lives: what ends the learner's episode, what is reset, true scores and lengths of whole games.
 
     A lost life ends the episode if that is asked for; on EnvPool a reset row follows, on ALE the game goes on. A game
@@ -123,7 +122,7 @@ def test_scores_and_ends(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_reset_rows_ignore_their_action(snd: ModuleType, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_reset_rows_ignore_their_action(monkeypatch: pytest.MonkeyPatch, backend: str):
     """The step after an end is the same whatever the action, pays nothing and ends nothing."""
     monkeypatch.setattr(snd, "MAX_EPISODE_STEPS", 10)
     plays = []
@@ -138,7 +137,7 @@ def test_reset_rows_ignore_their_action(snd: ModuleType, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_seeds_and_sticky_actions(snd: ModuleType, backend: str) -> None:
+def test_seeds_and_sticky_actions(backend: str):
     """The same seed plays the same games, another one others; at stickiness 1 actions do not matter, at 0 they do."""
 
     def frames(seed: int, actions_seed: int, repeat: float) -> np.ndarray:
@@ -152,7 +151,7 @@ def test_seeds_and_sticky_actions(snd: ModuleType, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_starts(snd: ModuleType, backend: str) -> None:
+def test_starts(backend: str):
     """Games start after up to 30 no-ops, each after a number of its own; FIRE has served the ball."""
     args = make_args(snd, env_backend=backend)
     *_, info = snd.make_envs(args, 1, 12)
@@ -164,19 +163,8 @@ def test_starts(snd: ModuleType, backend: str) -> None:
     assert (record.infos[-1]["lives"] < 5).any()
 
 
-def test_unknown_games(snd: ModuleType, capsys: pytest.CaptureFixture) -> None:
-    """Other ids are refused, with the nearest games by name."""
-    for env_id, near in (("CartPole-v1", ""), ("Montezuma-v5", "MontezumaRevenge"), ("ALE/Breakout-v4", "Breakout")):
-        with pytest.raises(SystemExit, match="2"):
-            snd.game_of(make_args(snd, env_id=env_id))
-        message = capsys.readouterr().err
-        assert env_id in message and f"{near}NoFrameskip-v4" in message
-
-
 @pytest.mark.parametrize(("backend", "num_envs"), [("envpool", 5), ("gymnasium", 2)])
-def test_groups_play_the_same_games(
-    snd: ModuleType, monkeypatch: pytest.MonkeyPatch, backend: str, num_envs: int
-) -> None:
+def test_groups_play_the_same_games(monkeypatch: pytest.MonkeyPatch, backend: str, num_envs: int):
     """Games in up to three groups, as on a GPU, are those that play in one, over the ends of many episodes."""
     monkeypatch.setattr(snd, "MAX_EPISODE_STEPS", 25)
     args = make_args(snd, env_id="MontezumaRevenge-v5", env_backend=backend, num_envs=num_envs)

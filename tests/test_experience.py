@@ -9,10 +9,8 @@ import torch
 from conftest import (
     BACKENDS,
     ENTROPY,
-    RND,
     SND,
     Recorder,
-    empty_obs,
     make_args,
     make_learner,
     make_rollout,
@@ -21,7 +19,7 @@ from conftest import (
     update,
 )
 
-import ppo_snd_atari
+import ppo_snd_atari as snd
 
 NUM_STEPS = 12
 # Where an episode ends (row, terminated) in each environment: nowhere; for good; truncated; twice, once each; in the
@@ -41,40 +39,30 @@ def crossing_rollout(script: ModuleType) -> object:
     return make_rollout(script, dones, terminations, torch.arange(num_envs) < len(ENDS))
 
 
-def slow_advantage(
-    rewards: np.ndarray, values: np.ndarray, terminated: np.ndarray, done: np.ndarray, gamma: float, lam: float, t: int
-) -> float:
-    """One row of one environment: the lambda-weighted mean of all n-step returns up to the end, minus the value.
+def slow_returns(rewards: torch.Tensor, values: torch.Tensor, ends: tuple, gamma: float, lam: float) -> np.ndarray:
+    """For every row the lambda-weighted mean of all n-step returns up to the end.
 
     An n-step return sums n discounted rewards and the discounted value of the state that follows, unless the episode
     ended for good there. The longest return gets all the weight that is left.
     """
-    last = next((row for row in range(t, len(rewards)) if done[row]), len(rewards) - 1)
-    estimate, length = 0.0, last - t + 1
-    for n in range(1, length + 1):
-        n_step = sum(gamma**k * rewards[t + k] for k in range(n))
-        n_step += 0.0 if terminated[t + n - 1] else gamma**n * values[t + n]
-        estimate += n_step * (lam ** (n - 1) if n == length else (1 - lam) * lam ** (n - 1))
-    return estimate - values[t]
-
-
-def slow_advantages(rewards: torch.Tensor, values: torch.Tensor, ends: tuple, gamma: float, lam: float) -> np.ndarray:
-    """`slow_advantage` of every row."""
-    arrays = [x.numpy() for x in (rewards.double(), values.double(), *ends)]
+    rewards, values, terminated, done = (x.double().numpy() for x in (rewards, values, *ends))
     result = np.zeros(rewards.shape)
-    for t, i in np.ndindex(*result.shape):
-        result[t, i] = slow_advantage(*(x[:, i] for x in arrays), gamma, lam, t)
+    for t, i in np.ndindex(*rewards.shape):
+        length = next((n for n, end in enumerate(done[t:, i], start=1) if end), NUM_STEPS - t)
+        for n in range(1, length + 1):
+            n_step = gamma ** np.arange(n) @ rewards[t : t + n, i]
+            n_step += (1 - terminated[t + n - 1, i]) * gamma**n * values[t + n, i]
+            result[t, i] += n_step * lam ** (n - 1) * (1 if n == length else 1 - lam)
     return result
 
 
-@pytest.mark.parametrize("script", [SND, ENTROPY])
+@pytest.mark.parametrize("script", [SND, ENTROPY], indirect=True)
 @pytest.mark.parametrize("int_episodic", [False, True])
-def test_estimate_advantages(script: str, int_episodic: bool) -> None:
+def test_estimate_advantages(script: ModuleType, int_episodic: bool):
     """Each stream with its own discount, ends and coefficient; returns are advantages plus values.
 
     Without ends a stream flows through the reset rows: they earn nothing and hand on the next row's value.
     """
-    script = __import__(script)
     coefs, gammas = [2.0, 0.7, 0.3][: 3 if script.__name__ == ENTROPY else 2], [0.99, 0.9, 0.8]
     names = dict(gamma=gammas[0], int_gamma=gammas[1], ext_coef=coefs[0], int_coef=coefs[1], gae_lambda=0.7)
     if script.__name__ == ENTROPY:
@@ -87,11 +75,10 @@ def test_estimate_advantages(script: str, int_episodic: bool) -> None:
     valid, total = rollout.valid.numpy(), 0.0
     for head, rewards in enumerate(streams):
         stream_ends = ends if head == 0 or int_episodic else no_ends
-        expected = slow_advantages(rewards, rollout.values[..., head], stream_ends, gammas[head], 0.7)
-        head_returns = expected + rollout.values[:-1, :, head].numpy()
+        expected = slow_returns(rewards, rollout.values[..., head], stream_ends, gammas[head], 0.7)
         compared = valid if stream_ends is ends else np.ones_like(valid)
-        np.testing.assert_allclose(returns[..., head].numpy()[compared], head_returns[compared], atol=1e-5)
-        total = total + coefs[head] * expected
+        np.testing.assert_allclose(returns[..., head].numpy()[compared], expected[compared], atol=1e-5)
+        total = total + coefs[head] * (expected - rollout.values[:-1, :, head].numpy())
     np.testing.assert_allclose(advantages.numpy()[valid], total[valid], atol=1e-5)
     assert returns.shape == (*valid.shape, len(coefs))
 
@@ -100,13 +87,12 @@ def test_estimate_advantages(script: str, int_episodic: bool) -> None:
     np.testing.assert_allclose(explained, 1 - np.var(weighted - values) / np.var(weighted), rtol=1e-3)
 
 
-def test_update_ignores_reset_rows(script: ModuleType) -> None:
+def test_update_ignores_reset_rows(script: ModuleType):
     """They earn no novelty, and what else stands in them leads to the same weights; what stands elsewhere does not."""
     args, rollout = make_args(script), random_rollout(script)
     learner = make_learner(script, args)
-    inputs = reward_and_estimate(script, learner, rollout, args)
-    rewards = script.intrinsic_rewards(learner, rollout, args)
-    assert torch.equal((rewards[0] if script.__name__ == RND else rewards) > 0, rollout.valid)
+    (novelty, *_), inputs = reward_and_estimate(script, learner, rollout, args)
+    assert torch.equal(novelty > 0, rollout.valid)
 
     def trained() -> dict[str, torch.Tensor]:
         learner = make_learner(script, args)
@@ -127,12 +113,12 @@ def test_update_ignores_reset_rows(script: ModuleType) -> None:
 @pytest.fixture(scope="module", params=BACKENDS)
 def played(request: pytest.FixtureRequest) -> SimpleNamespace:
     """Two consecutive rollouts of Asterix in which lives are lost and episodes truncated, and their record."""
-    snd = ppo_snd_atari
     args = make_args(snd, env_id="Asterix-v5", env_backend=request.param, num_steps=64, episodic_life=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snd, "MAX_EPISODE_STEPS", 100)
         record = Recorder(snd, args, seed=3)
-        learner, obs, passes, rollouts = make_learner(snd, args, 9), empty_obs(args), [], []
+        learner, passes, rollouts = make_learner(snd, args, 9), [], []
+        obs = torch.zeros(65, 4, 4, 96, 96, dtype=torch.uint8)
         learner.agent.register_forward_hook(lambda _, inputs, __: passes.append(inputs[0].dtype))
         torch.manual_seed(0)
         for _ in range(2):
@@ -143,28 +129,22 @@ def played(request: pytest.FixtureRequest) -> SimpleNamespace:
     return SimpleNamespace(record=record.stack(), rollouts=rollouts, passes=passes[:-2], outputs=outputs)
 
 
-def test_rollout_matches_the_emulators(played: SimpleNamespace) -> None:
+def test_rollout_matches_the_emulators(played: SimpleNamespace):
     """Row t holds what the emulators showed before step t and returned for it; rollouts follow without a gap."""
-    for i, rollout in enumerate(played.rollouts):
-        rows = slice(64 * i, 64 * (i + 1))
-        assert np.array_equal(rollout.obs.numpy(), played.record.obs[64 * i : 64 * (i + 1) + 1])
-        assert np.array_equal(rollout.valid.numpy(), ~played.record.resets[:-1][rows])
-        assert np.array_equal(rollout.dones.numpy(), played.record.dones[rows])
-        assert np.array_equal(rollout.terminations.numpy(), played.record.terminations[rows])
-        assert np.array_equal(rollout.ext_rewards.numpy(), np.sign(played.record.rewards[rows]))
+    record = played.record
+    valid, truncations = ~record.resets[:-1], record.dones & ~record.terminations
+    shown = dict(valid=valid, dones=record.dones, terminations=record.terminations, ext_rewards=np.sign(record.rewards))
+    for rollout, start in zip(played.rollouts, (0, 64), strict=True):
+        assert np.array_equal(rollout.obs.numpy(), record.obs[start : start + 65])
+        for name, rows in shown.items():
+            assert np.array_equal(getattr(rollout, name).numpy(), rows[start : start + 64]), name
         assert np.array_equal(rollout.valid_inds.numpy(), np.flatnonzero(rollout.valid.numpy()))
         assert rollout.obs.dtype == torch.uint8 and rollout.ext_rewards.dtype == torch.float32
-    assert (played.record.rewards[played.record.resets[:-1]] == 0).all() and played.record.rewards.max() > 1
-    for kind in (
-        lambda rollout: rollout.terminations,
-        lambda rollout: rollout.dones & ~rollout.terminations,
-        lambda rollout: ~rollout.valid,
-        lambda rollout: rollout.ext_rewards > 0,
-    ):
-        assert any(kind(rollout).any() for rollout in played.rollouts)  # the play had every kind of row
+    assert (record.rewards[~valid] == 0).all() and record.rewards.max() > 1
+    assert record.terminations.any() and truncations.any() and not valid.all()  # the play had every kind of row
 
 
-def test_rollout_values_and_logprobs(played: SimpleNamespace) -> None:
+def test_rollout_values_and_logprobs(played: SimpleNamespace):
     """Those of the policy, values also after the last row; one pass a step, of bytes."""
     assert played.passes == [torch.uint8] * 2 * 65
     for rollout, (logits, values) in zip(played.rollouts, played.outputs, strict=True):
@@ -175,7 +155,7 @@ def test_rollout_values_and_logprobs(played: SimpleNamespace) -> None:
 
 
 @torch.no_grad()
-def test_actions_follow_the_policy(snd: ModuleType) -> None:
+def test_actions_follow_the_policy():
     """With a policy of known probabilities the actions come in those shares."""
     args, probabilities = make_args(snd), torch.tensor([0.1, 0.2, 0.3, 0.4])
     learner = make_learner(snd, args)

@@ -9,7 +9,7 @@ import resource
 import signal
 import threading
 from pathlib import Path
-from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from conftest import ENTROPY, ENVIRONMENT, ROOT, SND
 from running import (
     BATCH,
     ENDLESS,
-    PATIENCE,
     RUN,
     assert_whole_curve,
     call_main,
@@ -25,39 +24,27 @@ from running import (
     finish,
     flags,
     read_checkpoint,
+    read_terminal,
     resume,
     start,
 )
 
+import ppo_snd_atari as snd
+
 STOPPING = "stopping: waiting for this iteration to end, then saving; once more stops at once"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 # ---- Signals ----
 
 
-def test_live_line_and_ctrl_c(folder: Path) -> None:
+def test_live_line_and_ctrl_c(folder: Path):
     """In a terminal one line is rewritten in place. Ctrl-C is answered at once; the run ends with a checkpoint."""
     terminal, inner = pty.openpty()
     process = start(ENTROPY, flags(1, *ENDLESS), folder, stdout=inner, env=ENVIRONMENT | {"COLUMNS": "160"})
     os.close(inner)
-    (end_a_hanging_test := threading.Timer(PATIENCE, process.kill)).start()
-    output, stopped = "", False
-    while True:
-        try:
-            output += os.read(terminal, 4096).decode()
-        except OSError:  # the other side is closed
-            break
-        if not stopped and output.count("learning") >= 2:
-            process.send_signal(signal.SIGINT)
-            stopped = True
-    end_a_hanging_test.cancel()
+    output = read_terminal(terminal, "learning.*learning")
+    process.send_signal(signal.SIGINT)
+    output += read_terminal(terminal)
     os.close(terminal)
     status, _, err = finish(process)
     assert (status, err) == (130, f"\n{STOPPING}\n")
@@ -76,7 +63,7 @@ def test_live_line_and_ctrl_c(folder: Path) -> None:
     assert_whole_curve(RUN, last // BATCH)
 
 
-def test_second_ctrl_c_leaves_at_once(folder: Path) -> None:
+def test_second_ctrl_c_leaves_at_once(folder: Path):
     """In the middle of an iteration, in which the first was answered; the old checkpoint stays as it is."""
     process = start(SND, flags(1, *ENDLESS, "--num-envs", "1", "--num-steps", "100000"), folder)
     assert any("playing | 0 / 1,000,000,000 steps" in line for line in process.stdout)
@@ -88,9 +75,7 @@ def test_second_ctrl_c_leaves_at_once(folder: Path) -> None:
     assert (RUN / "checkpoint.pt").read_bytes() == before
 
 
-def test_ctrl_c_before_training(
-    snd: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_ctrl_c_before_training(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """One line, and nothing is left behind."""
     monkeypatch.setattr(snd, "init_obs_stats", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -104,9 +89,7 @@ def test_ctrl_c_before_training(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread tells, too
 @pytest.mark.parametrize("file", ["checkpoint", "events"])
-def test_full_disk(
-    snd: ModuleType, file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_full_disk(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """It fills up in the middle of a file: the run ends and says why, and its last checkpoint is as it was."""
     assert call_main(snd, flags(1)) == 0
     before, update, limits = (RUN / "checkpoint.pt").read_bytes(), snd.update, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -132,9 +115,7 @@ def test_full_disk(
 
 
 @pytest.mark.parametrize("obstacle", ["runs", "runs/run"])
-def test_file_in_the_place_of_the_folder(
-    snd: ModuleType, obstacle: str, folder: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_file_in_the_place_of_the_folder(obstacle: str, folder: Path, capsys: pytest.CaptureFixture):
     """The folder of a run cannot be made: one line, and the file stays."""
     Path(obstacle).parent.mkdir(exist_ok=True)
     Path(obstacle).write_text("mine")
@@ -146,43 +127,34 @@ def test_file_in_the_place_of_the_folder(
 # ---- Numbers ----
 
 
-@pytest.mark.parametrize("quantity", ["reward", "weight"])
+@pytest.mark.parametrize("named", [r"step 64: losses/\w+ is (nan|inf)", "a weight is not finite"])
 def test_number_that_is_not_finite(
-    snd: ModuleType, quantity: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+    named: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     """The run stops and names it; the log has the last numbers, and the checkpoint is the last good one."""
-    name = {"reward": "intrinsic_rewards", "weight": "update"}[quantity]
-    function, results = getattr(snd, name), []
+    update, iterations = snd.update, []
 
-    def poisoned(*given: object) -> object:
-        results.append(result := function(*given))
-        if len(results) == 2 and quantity == "reward":
-            result[0, 0] = torch.nan
-        elif len(results) == 2:
-            learner = given[3].args[0]  # train_policy is bound to it
+    def diverging_update(*given: object) -> dict:
+        learner = given[3].args[0]  # train_policy is bound to it
+        iterations.append(given)
+        if len(iterations) == 2 and "step" in named:
+            learner.optimizers["target"].param_groups[0]["lr"].fill_(1e12)
+        losses = update(*given)
+        if len(iterations) == 2:
             learner.predictor.layers[2].weight.data[0] = torch.nan
-        return result
+        return losses
 
-    monkeypatch.setattr(snd, name, poisoned)
+    monkeypatch.setattr(snd, "update", diverging_update)
     assert call_main(snd, flags(4, "--checkpoint-interval", "1")) == 1
-    named = {"reward": "step 64: losses/policy_loss is nan", "weight": "a weight is not finite"}[quantity]
-    assert error_line(capsys) == f"ppo_snd_atari: {named}; the last good checkpoint is kept in runs/run"
+    line = error_line(capsys)
+    assert re.fullmatch(f"ppo_snd_atari: {named}; the last good checkpoint is kept in runs/run", line)
     assert_whole_curve(RUN, 2)
     state = read_checkpoint(RUN)
     assert state["counters"]["global_step"] == BATCH
     assert all(weights.isfinite().all() for weights in state["learner"].values())
 
 
-def test_diverging_run(snd: ModuleType, folder: Path, capsys: pytest.CaptureFixture) -> None:
-    """The real thing: the first iteration's last losses are not finite."""
-    assert call_main(snd, flags(4, "--learning-rate", "1e12")) == 1
-    pattern = r"ppo_snd_atari: step 32: losses/\w+ is (nan|inf); the last good checkpoint is kept in runs/run"
-    assert re.fullmatch(pattern, error_line(capsys))
-    assert_whole_curve(RUN, 1)
-    assert read_checkpoint(RUN)["counters"]["global_step"] == 0
-
-
-def test_lone_row_is_not_taken_for_a_fault(snd: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lone_row_is_not_taken_for_a_fault(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """One step beside a reset row has no deviation; that is no reason to stop."""
     monkeypatch.setattr(snd, "MAX_EPISODE_STEPS", 3)
     assert call_main(snd, flags(1, "--num-envs", "1", "--num-steps", "2", "--total-timesteps", "8")) == 0
@@ -191,7 +163,7 @@ def test_lone_row_is_not_taken_for_a_fault(snd: ModuleType, folder: Path, monkey
 # ---- Memory ----
 
 
-def test_absurd_size(snd: ModuleType, folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_absurd_size(folder: Path, capsys: pytest.CaptureFixture):
     """147 TB of frames, more than a processor can address: one line, and nothing is left behind."""
     assert call_main(snd, flags(1, "--num-steps", "1000000000", "--total-timesteps", "1e11")) == 1
     line = error_line(capsys)
@@ -210,27 +182,21 @@ OUT_OF_MEMORY[3].__context__ = OUT_OF_MEMORY[0]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_out_of_memory(
-    snd: ModuleType, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_out_of_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Its many names: PyTorch's allocator, the driver, cuBLAS, the recording of a CUDA graph, C++."""
-
-    def out_of_memory() -> None:
-        raise error
-
-    monkeypatch.setattr(snd, "main", out_of_memory)
+    monkeypatch.setattr(snd, "main", mock.Mock(side_effect=error))
     assert call_main(snd, []) == 1
     assert "out of memory" in error_line(capsys)
 
 
-def test_other_errors_keep_their_traceback(snd: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch):
     """As someone who changes a copy needs it."""
     monkeypatch.setattr(snd, "main", lambda: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         call_main(snd, [])
 
 
-def test_nothing_piles_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_piles_up(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """From iteration to iteration there are as many tensors, open files and threads."""
     script, counts = importlib.import_module(ENTROPY), []
     log = script.log

@@ -27,17 +27,17 @@ def collect(agent: enjoy.Agent, num_envs: int, *how: object) -> tuple[np.ndarray
     return features.collect_states(agent, agent.make_envs(1, num_envs), *how, 1)
 
 
-def test_two_runs_see_the_same_states(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_two_runs_see_the_same_states(runs: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture):
     arguments = ["--states", "150", "--every", "12", "--games", "4", "--random-actions", "0.2"]
-    features.main([str(runs["rnd"]), str(runs["snd"]), *arguments, "--output", str(tmp_path / "out")])
-    text = (tmp_path / "out.md").read_text()
+    features.main([str(runs["rnd"]), str(runs["snd"]), *arguments])
+    text = (folder / "features.md").read_text()
     assert text in capsys.readouterr().out and text.startswith("PrivateEye, 150 states in ")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ppo")]
     assert [row[0] for row in rows] == [f"ppo_{name}_atari, seed 1, 512 steps" for name in runs] * 2
     rnd, snd, rnd_paid, snd_paid = (list(map(float, row[1:])) for row in rows)
     assert rnd[1] == snd[1] < rnd[0] <= 1 and 0 < rnd[2] < 1 and rnd[2] != snd[2]
     assert len(rnd_paid) == len(snd_paid) and len(set(snd_paid)) > 1  # RND's are all at the clip
-    assert image.imread(tmp_path / "out.png").std() > 0.01 and (tmp_path / "out.svg").stat().st_size > 1000
+    assert image.imread("features.png").std() > 0.01 and (folder / "features.svg").stat().st_size > 1000
 
 
 def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
@@ -55,13 +55,10 @@ def test_states_carry_the_room_that_the_emulator_is_in(runs: dict[str, Path]):
 def test_look_against_plain_arithmetic(runs: dict[str, Path]):
     agent = enjoy.load_agent(runs["rnd"])
     states, _ = collect(agent, 2, 20, 3, 1.0)
-    agent.args.int_reward_scale = 1e-4  # below the clip
     seen, rewards = features.look(agent, states)
     x = torch.from_numpy(states[:, -1:] / np.float32(256)) - agent.learner.obs_stats.mean.float()
-    with torch.no_grad():
-        target, predictor = agent.learner.target(x).numpy(), agent.learner.predictor(x).numpy()
-    np.testing.assert_allclose(seen, target, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(rewards, 1e-4 * ((target - predictor) ** 2).sum(axis=1), rtol=1e-3)
+    np.testing.assert_allclose(seen, agent.learner.target(x).detach(), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(rewards, agent.intrinsic_rewards(states))  # which test_enjoy.py checks
 
 
 def test_numbers_of_known_features():
@@ -79,8 +76,8 @@ def test_numbers_of_known_features():
     assert loose["room purity"] == pytest.approx((rooms[knn.kneighbors()[1]] == rooms[:, None]).mean())
 
 
-def test_bad_input_ends_with_one_line(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
-    (boxing := tmp_path / "boxing").mkdir()
+def test_bad_input_ends_with_one_line(runs: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture):
+    (boxing := folder / "boxing").mkdir()
     checkpoint = torch.load(runs["snd"] / "checkpoint.pt", weights_only=True)
     checkpoint["args"]["env_id"] = "Boxing-v5"  # with as many actions as Private Eye
     torch.save(checkpoint, boxing / "checkpoint.pt")
@@ -90,7 +87,6 @@ def test_bad_input_ends_with_one_line(runs: dict[str, Path], tmp_path: Path, cap
     assert "--states 5" in error_of(capsys, boxing, "--states", 5)
     for share in (-1, 1.5):
         assert f"--random-actions {share}" in error_of(capsys, boxing, "--random-actions", share)
-    assert "is a folder" in error_of(capsys, boxing, "--output", tmp_path)
-    few = ["--states", 12, "--every", 1, "--games", 1, "--output", tmp_path / "out"]
-    assert "only room 0" in error_of(capsys, runs["snd"], *few)
-    assert [*tmp_path.iterdir()] == [boxing]
+    assert "is a folder" in error_of(capsys, boxing, "--output", folder)
+    assert "only room 0" in error_of(capsys, runs["snd"], "--states", 12, "--every", 1, "--games", 1)
+    assert [*folder.iterdir()] == [boxing]

@@ -1,20 +1,24 @@
 """The losses and rewards against independent references, and the random parts by their rates and ranges."""
 
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENTROPY, RND, SND, make_args, make_learner, random_rollout, reward_and_estimate, train, update
+from conftest import ENTROPY, RND, SND, make_args, make_learner, random_rollout, reward_and_estimate, update
+from running import call_main, flags, read_checkpoint
+from scipy.signal import lfilter
 from torch import Tensor
 
-import ppo_snd_atari
+import ppo_snd_atari as snd
 
 RND_AND_SND = pytest.mark.parametrize("script", [RND, SND], indirect=True)  # for what SND + entropy shares with SND
 
 
 @pytest.mark.parametrize("coefs", [(2.0, 1.0), (0.0, 1.0), (2.0, 0.0)])
-def test_ppo_loss(snd: ModuleType, coefs: tuple[float, float]) -> None:
+def test_ppo_loss(coefs: tuple[float, float]):
     """Losses and gradients of the paper's formulas over the valid rows; a head without a coefficient does not learn."""
     torch.manual_seed(0)
     logits, values, keep = torch.randn(64, 5), torch.randn(64, 2, requires_grad=True), torch.rand(64) < 0.8
@@ -45,7 +49,7 @@ def test_ppo_loss(snd: ModuleType, coefs: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("share", [0.25, 0.6, 1.0])
-def test_distillation_loss(snd: ModuleType, share: float) -> None:
+def test_distillation_loss(share: float):
     """The mean squared error of the kept elements, which are a random share of the elements of the valid rows."""
     torch.manual_seed(1)
     target, valid = torch.randn(200, 512), torch.rand(200) < 0.7
@@ -66,7 +70,7 @@ def near(share: float, expected: float, samples: int) -> bool:
     return abs(share - expected) <= 4.5 * (expected * (1 - expected) / samples) ** 0.5
 
 
-def test_draw_pairs(snd: ModuleType) -> None:
+def test_draw_pairs():
     """Half the labels are 1; label 0 is the same row, label 1 any other; only the given rows are drawn."""
     torch.manual_seed(0)
     valid_inds, num_pairs = torch.tensor([3, 5, 6, 10, 11, 12, 20, 21, 30, 31]), 40_000
@@ -82,19 +86,12 @@ def test_draw_pairs(snd: ModuleType) -> None:
         assert all(near(share, 1 / 9, len(others)) for share in shares)
 
 
-def blocks(x: np.ndarray, size: int) -> np.ndarray:
-    """(samples, 24, 24) -> (samples, blocks, size * size)."""
-    n = 24 // size
-    return x.reshape(-1, n, size, n, size).transpose(0, 1, 3, 2, 4).reshape(len(x), n * n, size * size)
+def block_means(x: np.ndarray, size: int) -> np.ndarray:
+    """(samples, 24, 24) -> (samples, 24 / size, 24 / size)."""
+    return x.reshape(-1, 24 // size, size, 24 // size, size).mean(axis=(2, 4))
 
 
-def pooled(x: np.ndarray, size: int) -> np.ndarray:
-    """Every block replaced by its mean."""
-    means = blocks(x, size).mean(axis=2).reshape(-1, 24 // size, 24 // size)
-    return means.repeat(size, axis=1).repeat(size, axis=2)
-
-
-def test_augment(snd: ModuleType) -> None:
+def test_augment():
     """Of 4,000 frames each becomes one of three views; a tenth of some's pixels are dropped; all get noise."""
     torch.manual_seed(0)
     x = torch.randint(100, 201, (4000, 1, 24, 24)).float()
@@ -102,7 +99,9 @@ def test_augment(snd: ModuleType) -> None:
     assert y.shape == x.shape and y.dtype == torch.float32
     x, y = x[:, 0].double().numpy(), y[:, 0].double().numpy()
     dropped = np.abs(y) < 1  # nothing else is near 0
-    views = {"plain": x, "half": pooled(x, 2), "quarter": pooled(x, 4)}
+    views = {
+        name: np.kron(block_means(x, n), np.ones((n, n))) for name, n in (("plain", 1), ("half", 2), ("quarter", 4))
+    }
     became = {name: (dropped | (np.abs(y - view) <= 0.2001)).all(axis=(1, 2)) for name, view in views.items()}
     assert (sum(mask.astype(int) for mask in became.values()) == 1).all()
     for name, share in {"quarter": 1 / 4, "half": 1 / 2 * 3 / 4, "plain": 1 / 2 * 3 / 4}.items():
@@ -111,7 +110,7 @@ def test_augment(snd: ModuleType) -> None:
     hit = dropped.any(axis=(1, 2))
     assert near(hit.mean(), 1 / 8, 4000) and near(hit[became["quarter"]].mean(), 1 / 8, became["quarter"].sum())
     assert near(dropped[hit].mean(), 1 / 10, dropped[hit].size)
-    two_of_four = (blocks(dropped[hit].astype(float), 2).sum(axis=2) >= 2).mean()  # single pixels, after pooling
+    two_of_four = (block_means(dropped[hit], 2) >= 1 / 2).mean()  # single pixels, after pooling
     assert near(two_of_four, 1 - 0.9**4 - 4 * 0.1 * 0.9**3, hit.sum() * 144)
 
     base = sum(np.where(became[name][:, None, None], view, 0) for name, view in views.items())
@@ -124,21 +123,20 @@ def test_augment(snd: ModuleType) -> None:
 
 @RND_AND_SND
 @torch.no_grad()
-def test_intrinsic_rewards(script: ModuleType) -> None:
+def test_intrinsic_rewards(script: ModuleType):
     """Row t is paid for the newest frame of obs[t + 1], also in the last row and where chunks meet; reset rows are not.
 
     Paid is the sum (RND) or the mean (SND) of the squared errors, scaled and clipped to [0, 1]. With --norm-int-reward
     that is divided by the deviation of its discounted sum over time, over several rollouts.
     """
     args, rollout = make_args(script, num_steps=130, norm_int_reward=True), random_rollout(script, 130)
-    learner, errors, seen, sums = make_learner(script, args), torch.empty(130, 4), [], np.zeros(4)
+    learner = make_learner(script, args)
     script.update_obs_stats(learner.obs_stats, rollout)
     assert script.CHUNK < 130 * 4
-    for t in range(130):
-        x = script.novelty_input(rollout.obs[t + 1], learner.obs_stats, args.norm_obs)
-        target = learner.target(x)
-        squares = (target - learner.predictor(x)).square()
-        errors[t] = squares.sum(dim=1) if script.__name__ == RND else squares.mean(dim=1)
+    x = script.novelty_input(rollout.obs[1:].flatten(0, 1), learner.obs_stats, args.norm_obs)
+    target = learner.target(x).view(130, 4, 512)
+    squares = (target - learner.predictor(x).view_as(target)).square()
+    errors = squares.sum(dim=2) if script.__name__ == RND else squares.mean(dim=2)
     args.int_reward_scale = 1 / errors.median().item()
     plain = (args.int_reward_scale * errors.double()).clamp(max=1) * rollout.valid
 
@@ -146,51 +144,45 @@ def test_intrinsic_rewards(script: ModuleType) -> None:
         result = script.intrinsic_rewards(learner, rollout, args)
         if script.__name__ == RND:
             result, features = result
-            assert features.shape == (131, 4, 512)
-            torch.testing.assert_close(features[-1], target, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(features[1:], target, atol=1e-4, rtol=1e-4)
         return result.double()
 
-    for _ in range(2):
-        for t in range(130):  # a reset row pays nothing and does not count, but time goes by
-            sums = args.int_gamma * sums + plain[t].numpy()
-            seen.extend(sums[rollout.valid[t].numpy()])
-        torch.testing.assert_close(rewards(), plain / np.std(seen), atol=1e-6, rtol=1e-3)
+    sums = lfilter([1], [1, -args.int_gamma], plain.repeat(2, 1), axis=0)
+    for rows in (130, 260):  # a reset row pays nothing and does not count, but time goes by
+        deviation = np.std(sums[:rows][rollout.valid.repeat(2, 1)[:rows]])
+        torch.testing.assert_close(rewards(), plain / deviation, atol=1e-6, rtol=1e-3)
     args.norm_int_reward = False
     torch.testing.assert_close(rewards(), plain, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("script", "ext_coef"), [(RND, 0), (SND, 0), (ENTROPY, 0), (SND, 2)], indirect=["script"])
-def test_ext_coef_0_needs_no_rewards(script: ModuleType, monkeypatch: pytest.MonkeyPatch, ext_coef: float) -> None:
+def test_ext_coef_0_needs_no_rewards(script: ModuleType, ext_coef: int, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Trained on the same games, paid and unpaid, the weights are bit-identical exactly if the coefficient is 0."""
-    args = make_args(script, ext_coef=float(ext_coef), num_steps=64)
-    paid, recv = [], script.AtariEnvs.recv
+    paid, weights, recv = [], [], script.AtariEnvs.recv
+    more = ["--env-id", "Breakout-v5", "--ext-coef", str(ext_coef), "--num-steps", "64", "--total-timesteps", "256"]
+    for share in (1, 0):
 
-    def weights(share: float) -> dict[str, Tensor]:
-        def shared_recv(envs: object, group: int) -> tuple:
+        def shared_recv(envs: object, group: int, share: int = share) -> tuple:
             rewards, *ends = recv(envs, group)
             paid.append(rewards.sum())
             return share * rewards, *ends
 
         monkeypatch.setattr(script.AtariEnvs, "recv", shared_recv)
-        return train(script, args).state_dict()
-
-    with_rewards, without_rewards = weights(1.0), weights(0.0)
-    assert sum(paid[args.norm_init_steps :]) > 0  # the game did pay
-    same = [torch.equal(with_rewards[name], without_rewards[name]) for name in with_rewards]
-    assert all(same) == (ext_coef == 0)
+        assert call_main(script, flags(1, *more, "--run-name", str(share))) == 0
+        weights.append(read_checkpoint(Path("runs", str(share)))["learner"])
+    assert sum(paid[2:]) > 0  # the game did pay, also after the frame statistics
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) == (ext_coef == 0)
 
 
-def test_update_trains_every_network(script: ModuleType) -> None:
-    """One update changes every weight of a trained network and none of a frozen target; losses come back by name.
+def test_update_trains_every_network(script: ModuleType):
+    """One update changes every weight of a trained network and none of a frozen target.
 
     Only the policy's gradient is clipped, to --max-grad-norm.
     """
     args, rollout = make_args(script, max_grad_norm=1e-3), random_rollout(script)
     learner, before = make_learner(script, args), make_learner(script, args)
-    losses = update(script, learner, rollout, reward_and_estimate(script, learner, rollout, args), args)
-    names = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "distillation"]
-    names += {RND: [], SND: ["contrastive"], ENTROPY: ["contrastive", "contrastive_entropy"]}[script.__name__]
-    assert list(losses) == names and all(np.isfinite(list(losses.values())))
+    _, inputs = reward_and_estimate(script, learner, rollout, args)
+    update(script, learner, rollout, inputs, args)
     old = dict(before.named_parameters())
     for name, weight in learner.named_parameters():
         assert torch.equal(weight, old[name]) == (name.startswith("target") and script.__name__ == RND), name
@@ -199,7 +191,7 @@ def test_update_trains_every_network(script: ModuleType) -> None:
         assert norm == pytest.approx(1e-3, rel=1e-3) if name == "agent" else norm > 2e-3, name
 
 
-def test_descend(snd: ModuleType) -> None:
+def test_descend():
     """Each step follows its own gradient alone, cut to a norm only where one is given."""
     weight = torch.nn.Parameter(torch.zeros(2))
     for more, expected in (((), [-3.0, -4.0]), ((0.5,), [-3.3, -4.4]), ((), [-6.3, -8.4])):
@@ -208,7 +200,7 @@ def test_descend(snd: ModuleType) -> None:
 
 
 @RND_AND_SND
-def test_minibatches(script: ModuleType) -> None:
+def test_minibatches(script: ModuleType):
     """Every epoch is a shuffled partition of the rollout's rows, each whole; 64 pairs a minibatch, of valid rows.
 
     A pair is twice one frame exactly where its label is 0. The losses are means over all minibatches.
@@ -219,27 +211,23 @@ def test_minibatches(script: ModuleType) -> None:
     rollout.logprobs, advantages, returns = -rows / 100, rows * 2.0, torch.stack([rows, rows + 50], dim=-1)
     features = (torch.arange(36).view(9, 4, 1) + torch.zeros(512),) if script.__name__ == RND else ()
 
-    def record_policy(**minibatch: Tensor) -> dict[str, Tensor]:
-        policy_steps.append(minibatch)
-        return {"first": torch.tensor(float(len(policy_steps)))}
+    def record(steps: list, name: str, **minibatch: Tensor) -> dict[str, Tensor]:
+        steps.append(minibatch)
+        return {name: torch.tensor(float(len(steps)))}
 
-    def record_novelty(**minibatch: Tensor) -> dict[str, Tensor]:
-        novelty_steps.append(minibatch)
-        return {"second": torch.tensor(2.0 * len(novelty_steps))}
-
-    losses = script.update(rollout, advantages, returns, *features, record_policy, record_novelty, args)
-    assert losses == {"first": 6.5, "second": 13.0}
+    recorders = partial(record, policy_steps, "first"), partial(record, novelty_steps, "second")
+    losses = script.update(rollout, advantages, returns, *features, *recorders, args)
+    assert losses == {"first": 6.5, "second": 6.5}
     inds = [(step["logprobs"] * -100).round().long() for step in policy_steps]
     assert [len(rows) for rows in inds] == [8] * 12
     epochs = [torch.cat(inds[start : start + 4]).tolist() for start in (0, 4, 8)]
     assert all(sorted(epoch) == list(range(32)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
     valid, reset = rollout.valid.flatten(), {frame.numpy().tobytes() for frame in frames[~rollout.valid.flatten()]}
     for ind, policy, novelty in zip(inds, policy_steps, novelty_steps, strict=True):
-        assert torch.equal(policy["obs"], frames[ind]) and torch.equal(novelty["obs"], frames[ind])
-        assert torch.equal(policy["valid"], valid[ind]) and torch.equal(novelty["valid"], valid[ind])
-        assert torch.equal(policy["actions"], rollout.actions.flatten()[ind])
-        assert torch.equal(policy["advantages"], 2.0 * ind)
-        assert torch.equal(policy["returns"], torch.stack([ind, ind + 50], dim=1))
+        expected = {"obs": frames[ind], "valid": valid[ind], "actions": rollout.actions.flatten()[ind]}
+        assert all(torch.equal(novelty[name], expected[name]) for name in ("obs", "valid"))
+        expected |= {"advantages": 2.0 * ind, "returns": torch.stack([ind, ind + 50], dim=1)}
+        assert all(torch.equal(policy[name], x) for name, x in expected.items())
         if script.__name__ == RND:
             assert torch.equal(novelty["target_features"][:, 0], ind.float())
         else:
@@ -249,13 +237,13 @@ def test_minibatches(script: ModuleType) -> None:
             assert not reset & {frame.numpy().tobytes() for frame in novelty["pair_obs"]}
 
 
-def test_train_novelty(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_novelty(script: ModuleType, monkeypatch: pytest.MonkeyPatch):
     """The target sees augmented views of normalised frames, the encoder of frames / 256; then the predictor learns.
 
     Its target is the one that has just learned; unless told otherwise it keeps a share of min(1, 32 / num_envs).
     """
     seen, shares = [], []
-    augment, distillation_loss = ppo_snd_atari.augment, script.distillation_loss
+    augment, distillation_loss = snd.augment, script.distillation_loss
 
     def record_views(x: Tensor) -> Tensor:
         seen.append((x.clone(), augment(x)))

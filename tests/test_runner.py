@@ -15,13 +15,12 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, SND, STARTED
+from conftest import ROOT, SCRIPTS, SND
 from run import Run, SlurmRun, share_of_cores
-from running import BATCH, PATIENCE, TINY, assert_whole_curve, read_checkpoint, wait_until
+from running import BATCH, PATIENCE, TINY, assert_whole_curve, finish, read_checkpoint, read_terminal, start, wait_until
 
 RUNNER = [sys.executable, str(ROOT / "benchmark/run.py")]
 ONE = ["--env-ids", "PitfallNoFrameskip-v4", "--num-seeds", "1"]
@@ -34,14 +33,6 @@ def run(cwd: Path, *arguments: str, command: list[str] | None = None, **env: str
     """Run the runner (or another command) to its end in a folder of its own."""
     options = dict(cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=2 * PATIENCE)
     return subprocess.run(command or [*RUNNER, *arguments], **options)
-
-
-def start(cwd: Path, *arguments: str, **changes: object) -> subprocess.Popen:
-    """Start the runner in a process group of its own, open to SIGHUP also where the tests run under nohup."""
-    options = dict(cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    options["preexec_fn"] = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
-    STARTED.append(subprocess.Popen([*RUNNER, *arguments], **(options | changes)))
-    return STARTED[-1]
 
 
 def lines_of(log: Path) -> list[str]:
@@ -169,11 +160,11 @@ def test_finished_runs_stay_and_a_larger_budget_goes_on(tmp_path: Path):
 def test_stop_and_resume(tmp_path: Path):
     """Ctrl-C: the run saves a checkpoint, the waiting run is not started, exit 130; the same line goes on."""
     arguments = [*TRAIN[:-1], "2"]
-    process = start(tmp_path, *arguments, "--", *TINY)
+    process = start("benchmark/run", [*arguments, "--", *TINY], tmp_path)
     wait_until(lambda: "playing" in str(lines_of(tmp_path / LOG)), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
-    out, _ = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out.splitlines()[-1]) == (130, "2 runs: 1 stopped, 1 waiting")
+    status, out, _ = finish(process)
+    assert (status, out.splitlines()[-1]) == (130, "2 runs: 1 stopped, 1 waiting")
     assert "stopped at step" in lines_of(tmp_path / LOG)[-1]
     assert read_checkpoint(tmp_path / RUN_DIR)["counters"]["global_step"] > 0
     assert not (tmp_path / "runs/m/Pitfall/seed_2").exists()
@@ -190,17 +181,16 @@ def test_runs_are_not_lost_with_the_screen(tmp_path: Path, loss: str):
     ours, theirs = pty.openpty() if hangup else os.pipe()
 
     def take_terminal() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
         if hangup:
             fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
     arguments = ["--commands", "m", python(waits), *ONE[:-1], "2"]
-    process = start(tmp_path, *arguments, preexec_fn=take_terminal, stdout=theirs, stderr=None)
+    process = start("benchmark/run", arguments, tmp_path, preexec_fn=take_terminal, stdout=theirs, stderr=None)
     os.close(theirs)
     wait_until(lambda: lines_of(tmp_path / LOG) == ["ready"], process)
-    screen = ""
-    while hangup and not ("1 running, 1 waiting" in screen and "ready" in screen):
-        screen += os.read(ours, 4096).decode(errors="replace")
+    if hangup:
+        read_terminal(ours, "1 running, 1 waiting.*ready")
     os.close(ours)
     assert process.wait(PATIENCE) == (130 if hangup else 0)
     assert lines_of(tmp_path / LOG)[1:] == (["saved"] if hangup else [])
@@ -213,15 +203,15 @@ def test_second_signal_ends_a_run_that_does_not_stop(tmp_path: Path):
     stubborn = (
         f"import signal, time; i = iter((1, 2)); signal.signal(15, {handler}); print(0, flush=True); time.sleep(99)"
     )
-    process = start(tmp_path, "--commands", "m", python(stubborn), *ONE)
+    process = start("benchmark/run", ["--commands", "m", python(stubborn), *ONE], tmp_path)
     wait_until(lambda: lines_of(tmp_path / LOG) == ["0"], process)
     process.send_signal(signal.SIGTERM)
     wait_until(lambda: lines_of(tmp_path / LOG) == ["0", "1"], process)
     time.sleep(1)  # many rounds of the runner's loop
     assert lines_of(tmp_path / LOG) == ["0", "1"]
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out.splitlines()[-1]) == (130, "1 run: 1 stopped")
+    status, out, _ = finish(process)
+    assert (status, out.splitlines()[-1]) == (130, "1 run: 1 stopped")
 
 
 # ---- Sharing the machine ----

@@ -14,24 +14,16 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ENTROPY, RND, ROOT, SCRIPTS, SND, make_args, run_script, update
+from conftest import ENTROPY, RND, ROOT, SCRIPTS, SND, make_args, reward_and_estimate, run_script, update
 from running import BATCH, RUN, assert_equal, call_main, error_line, flags, read_checkpoint, read_events, read_scalars
 
-FLAGS = set(re.findall(r"\S+", """
-    seed torch-deterministic cuda track wandb-project-name wandb-entity env-id env-backend total-timesteps learning-rate
-    num-envs num-steps num-minibatches update-epochs gamma int-gamma gae-lambda clip-coef ent-coef vf-coef max-grad-norm
-    ext-coef int-coef model critic-hidden-gain norm-obs norm-init-steps norm-int-reward int-reward-scale int-episodic
-    update-proportion repeat-action-probability episodic-life run-name resume checkpoint-interval compile bf16
-    actor-hidden-gain
-"""))  # fmt: skip
-ENTROPY_FLAGS = {"entropy-coef", "entropy-gamma", "entropy-scale", "entropy-buffer-size"}
-TAGS = set(re.findall(r"\S+", """
-    charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate charts/explored_rooms
-    charts/intrinsic_reward charts/intrinsic_reward_std losses/value_loss losses/policy_loss losses/entropy
-    losses/approx_kl losses/clipfrac losses/explained_variance losses/distillation
-"""))  # fmt: skip
-MORE_TAGS = {RND: set(), SND: {"losses/contrastive"}}
-MORE_TAGS[ENTROPY] = {"losses/contrastive", "losses/contrastive_entropy", "charts/entropy_reward"}
+import ppo_snd_atari as snd
+
+TAGS = """charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate charts/intrinsic_reward
+charts/intrinsic_reward_std losses/value_loss losses/policy_loss losses/entropy losses/approx_kl losses/clipfrac
+losses/explained_variance losses/distillation """
+MORE_TAGS = {RND: "charts/explored_rooms", SND: "charts/explored_rooms losses/contrastive"}  # rooms need EnvPool
+MORE_TAGS[ENTROPY] = "losses/contrastive losses/contrastive_entropy charts/entropy_reward"
 # Each on another model, one on the other backend; all with game ends and reset rows within their two iterations.
 RUNS = {RND: ["--model", "B"], SND: ["--model", "C"], ENTROPY: ["--model", "D", "--env-backend", "gymnasium"]}
 
@@ -60,27 +52,18 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         return SimpleNamespace(script=script, seen=seen, scalars=scalars, text=text, saved=read_checkpoint(RUN))
 
 
-def test_tags(run: SimpleNamespace) -> None:
-    """Exactly those of the specification, once an iteration, over agent steps; all finite. Rooms need EnvPool."""
-    unknown = {"charts/explored_rooms"} if run.script.__name__ == ENTROPY else set()
-    assert run.scalars.keys() == TAGS - unknown | MORE_TAGS[run.script.__name__]
+def test_tags_and_hyperparameters(run: SimpleNamespace):
+    """Exactly the specification's tags, once an iteration, over agent steps; all finite. Every flag and its value."""
+    assert run.scalars.keys() == {*(TAGS + MORE_TAGS[run.script.__name__]).split()}
     for tag, points in run.scalars.items():
         assert [step for step, _ in points] == [BATCH, 2 * BATCH], tag
         assert np.isfinite([value for _, value in points]).all(), tag
+    rows = [f"|{name}|{value}|" for name, value in asdict(run.seen[0].args).items()]
+    assert run.text.splitlines() == ["|param|value|", "|-|-|", *rows]
+    assert {"|num_steps|8|", "|total_timesteps|64|", "|cuda|False|"} <= {*rows}
 
 
-def test_hyperparameters(run: SimpleNamespace) -> None:
-    """Every flag stands in the log, with the value it had."""
-    assert run.text.startswith("|param|value|\n|-|-|\n|")
-    (_, *rows) = re.findall(r"^\|(\w+)\|(.*)\|$", run.text, re.MULTILINE)
-    rows = dict(rows)
-    assert rows == {name: str(value) for name, value in asdict(run.seen[0].args).items()}
-    flags = FLAGS | (ENTROPY_FLAGS if run.script.__name__ == ENTROPY else set())
-    assert {name.replace("_", "-") for name in rows} == flags
-    assert (rows["num_steps"], rows["total_timesteps"], rows["cuda"]) == ("8", "64", "False")
-
-
-def test_what_is_learned_is_logged_and_saved(run: SimpleNamespace) -> None:
+def test_what_is_learned_is_logged_and_saved(run: SimpleNamespace):
     """Each iteration once more from its rollout, step by step: the same numbers, and in the end the same learner."""
     script, learner, args = run.script, run.seen[0].learner, run.seen[0].args
     ring = script.FeatureRing(args.entropy_buffer_size) if script.__name__ == ENTROPY else None
@@ -88,19 +71,12 @@ def test_what_is_learned_is_logged_and_saved(run: SimpleNamespace) -> None:
         torch.set_rng_state(one.random)
         rollout, valid = one.rollout, one.rollout.valid
         assert not valid.all()
-        script.update_obs_stats(learner.obs_stats, rollout)
-        novelty, features = script.intrinsic_rewards(learner, rollout, args), []
-        if script.__name__ == RND:
-            novelty, *features = novelty
-        streams = [novelty]
-        expected = {"charts/intrinsic_reward": novelty[valid].mean(), "charts/learning_rate": 1e-4}
-        expected["charts/intrinsic_reward_std"] = novelty[valid].std(correction=0)
-        if script.__name__ == ENTROPY:
-            streams.append(script.entropy_rewards(learner, rollout, ring, args))
-            expected["charts/entropy_reward"] = streams[1][valid].mean()
-        advantages, returns = script.estimate_advantages(rollout, *streams, args)
-        expected["losses/explained_variance"] = script.explained_variance(rollout, advantages, returns, args)
-        losses = update(script, learner, rollout, (advantages, returns, *features), args)
+        streams, inputs = reward_and_estimate(script, learner, rollout, args, ring)
+        means = [stream[valid].mean() for stream in streams]
+        expected = dict(zip(["charts/intrinsic_reward", "charts/entropy_reward"], means, strict=False))
+        expected |= {"charts/intrinsic_reward_std": streams[0][valid].std(correction=0), "charts/learning_rate": 1e-4}
+        expected["losses/explained_variance"] = script.explained_variance(rollout, *inputs[:2], args)
+        losses = update(script, learner, rollout, inputs, args)
         expected |= {f"losses/{name}": loss for name, loss in losses.items()}
         expected |= dict(zip(["charts/episodic_return", "charts/episodic_length"], np.mean(one.games, 0), strict=True))
         assert expected.keys() == run.scalars.keys() - {"charts/SPS", "charts/explored_rooms"}
@@ -109,14 +85,14 @@ def test_what_is_learned_is_logged_and_saved(run: SimpleNamespace) -> None:
     assert_equal(learner.state_dict(), run.saved["learner"])
 
 
-def test_redirected_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirected_output(tmp_path: Path):
     """Whole lines from the first second on; and a copy beside models.py in an empty folder gives the same scalars."""
     (copied := tmp_path / "mine").mkdir()
     shutil.copy(ROOT / f"{SND}.py", copied / "my_idea.py")
     shutil.copy(ROOT / "models.py", copied)
     arguments = flags(2, "--total-timesteps", "6.4e1")
     process = run_script(SND, arguments, tmp_path)
-    run_script(copied / "my_idea.py", arguments, copied).check_returncode()
+    run_script(copied / "my_idea", arguments, copied).check_returncode()
     assert read_scalars(copied / RUN, speed=False) == read_scalars(tmp_path / RUN, speed=False)
 
     first, hint, statistics, *progress, finished, curves, watch = process.stdout.splitlines()
@@ -134,9 +110,8 @@ def test_redirected_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "\r" not in process.stdout and "\x1b" not in process.stdout
 
 
-def test_other_seed_and_default_name(snd: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_seed_and_default_name(folder: Path):
     """Another seed gives other scalars; a run without a name is called after game, script, seed and time."""
-    monkeypatch.chdir(tmp_path)
     unnamed = flags(1)[:-2]
     assert call_main(snd, unnamed) == call_main(snd, [*unnamed, "--seed", "2"]) == 0
     one, two = sorted(Path("runs").iterdir())
@@ -149,32 +124,29 @@ def test_other_seed_and_default_name(snd: ModuleType, tmp_path: Path, monkeypatc
         assert one[tag] != two[tag]
 
 
-# The settings of the experiments that the scripts share.
+# Every flag; the settings are those of the experiments.
 DEFAULTS = dict(total_timesteps=128_000_000, num_envs=128, num_steps=128, num_minibatches=32, update_epochs=4)
 DEFAULTS |= dict(learning_rate=1e-4, gamma=0.998, int_gamma=0.99, gae_lambda=0.95, clip_coef=0.1, max_grad_norm=0.5)
 DEFAULTS |= dict(ent_coef=0.001, vf_coef=0.5, ext_coef=2, int_coef=1, int_reward_scale=0.5, update_proportion=None)
 DEFAULTS |= dict(repeat_action_probability=0.25, episodic_life=False, int_episodic=False, norm_int_reward=False)
 DEFAULTS |= dict(actor_hidden_gain=0.01, critic_hidden_gain=0.1, model="C", norm_init_steps=256)
-DEFAULTS |= dict(env_id="MontezumaRevengeNoFrameskip-v4", env_backend="envpool")
+DEFAULTS |= dict(env_id="MontezumaRevengeNoFrameskip-v4", env_backend="envpool", run_name=None, resume=None, seed=1)
+DEFAULTS |= dict(cuda=True, torch_deterministic=True, bf16=True, compile=False, checkpoint_interval=100, track=False)
+DEFAULTS |= dict(wandb_project_name="distillation-exploration", wandb_entity=None)
+ENTROPY_DEFAULTS = dict(entropy_coef=1, entropy_gamma=0.99, entropy_scale=0.02, entropy_buffer_size=128)
 
 
-def test_defaults(script: ModuleType) -> None:
-    """Those of the experiments; tests/test_envs.py shows that the longest episode is as long as this number says."""
+def test_flags(script: ModuleType, capsys: pytest.CaptureFixture):
+    """Their defaults; --help names them. test_envs.py shows that the longest episode is as long as this number says."""
     assert script.MAX_EPISODE_STEPS == 4500
     expected = DEFAULTS | {"norm_obs": "mean" if script.__name__ == RND else "mean-std"}
-    if script.__name__ == ENTROPY:
-        expected |= dict(entropy_coef=1, entropy_gamma=0.99, entropy_scale=0.02, entropy_buffer_size=128)
-    assert expected.items() <= vars(script.Args()).items()
-
-
-def test_help(script: ModuleType, capsys: pytest.CaptureFixture) -> None:
-    """--help names every flag."""
+    expected |= ENTROPY_DEFAULTS if script.__name__ == ENTROPY else {}
+    assert vars(script.Args()) == expected
     assert call_main(script, ["--help"]) == 0
-    named = set(re.findall(r"--([a-z0-9-]+)", capsys.readouterr().out))
-    assert named >= FLAGS | (ENTROPY_FLAGS if script.__name__ == ENTROPY else set())
+    assert {f"--{name.replace('_', '-')}" for name in expected} <= {*re.findall(r"--[\w-]+", capsys.readouterr().out)}
 
 
-def test_progress(snd: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """A resumed run's rate is that of the steps since then, and tells the time left; the return is a mean."""
     progress = snd.Progress(make_args(snd, total_timesteps=1_000_000), 600_000)
     monkeypatch.setattr(snd.time, "time", lambda now=progress.start: now + 1000)
@@ -204,7 +176,7 @@ REFUSED |= dict(actor_hidden_gain=[-1], critic_hidden_gain=[-1])
 REFUSED_ENTROPY = dict(entropy_coef=[-1], entropy_gamma=[1.1], entropy_scale=[-1], entropy_buffer_size=[1])
 
 
-def test_values_out_of_range(script: ModuleType, capsys: pytest.CaptureFixture) -> None:
+def test_values_out_of_range(script: ModuleType, capsys: pytest.CaptureFixture):
     """One line that names flag and value, exit status 2; the limits themselves are taken."""
     for name, values in (REFUSED | (REFUSED_ENTROPY if script.__name__ == ENTROPY else {})).items():
         for value in values:
@@ -220,44 +192,28 @@ def test_values_out_of_range(script: ModuleType, capsys: pytest.CaptureFixture) 
 BAD_INPUT = [
     (["--env-id", "MontezumaRevengNoFrameskip-v4"], "did you mean MontezumaRevengeNoFrameskip-v4"),
     (["--env-id", "MontezumaRevenge-v4"], "did you mean MontezumaRevengeNoFrameskip-v4"),
-    (["--env-id", "ALE/Brakeout-v5"], "BreakoutNoFrameskip-v4"),
-    (["--env-id", "CartPole-v1"], "Atari"),
+    (["--env-id", "Montezuma-v5"], "MontezumaRevengeNoFrameskip-v4"),
+    (["--env-id", "ALE/Breakout-v4"], "BreakoutNoFrameskip-v4"),
+    (["--env-id", "CartPole-v1"], "--env-id CartPole-v1: no Atari game"),
     (["--env-id", ""], "Atari"),
     (["--num-envs", "-1"], "--num-envs -1"),
     (["--cuda", "True"], "write --cuda or --no-cuda"),
     (["--resume", "runs/none"], "give the folder of a run"),
+    ([], "pip install envpool"),
+    (["--track"], "pip install wandb"),
 ]
 
 
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> object:
-    """Runs a script: it must end with status 2 before anything is built; returns standard error."""
-
-    def run(script: ModuleType, *given: str) -> str:
-        monkeypatch.chdir(tmp_path)
-        for name in ("AtariEnvs", "Learner"):
-            monkeypatch.setattr(script, name, lambda *_, **__: pytest.fail("something was built"))
-        assert call_main(script, [*flags(2)[:-2], *given]) == 2
-        output = capsys.readouterr()
-        assert output.out == "" and not list(tmp_path.iterdir())
-        return output.err
-
-    return run
-
-
 @pytest.mark.parametrize(("given", "words"), BAD_INPUT)
-def test_bad_input(snd: ModuleType, refused: object, given: list[str], words: str) -> None:
-    """One line that names the flag or what to do, exit status 2, no folder."""
-    message = refused(snd, *given)
-    assert message.count("\n") == 1 and message.startswith("ppo_snd_atari: ") and words in message
-
-
-@pytest.mark.parametrize(("module", "given"), [("envpool", []), ("wandb", ["--track"])])
-def test_missing_package(
-    snd: ModuleType, refused: object, monkeypatch: pytest.MonkeyPatch, module: str, given: list[str]
-) -> None:
-    """One line with the pip command."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
-    message = refused(snd, *given)
-    assert message.count("\n") == 1 and f"pip install {module}" in message
+def test_bad_input(
+    given: list[str], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """One line that names the flag or what to do, exit status 2, no folder, before anything is built."""
+    find, missing = importlib.util.find_spec, words.removeprefix("pip install ")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    for name in ("AtariEnvs", "Learner"):
+        monkeypatch.setattr(snd, name, lambda *_, **__: pytest.fail("something was built"))
+    assert call_main(snd, [*flags(2)[:-2], *given]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("ppo_snd_atari: ") and words in err and (out, err.count("\n")) == ("", 1)
+    assert not list(folder.iterdir())
