@@ -256,15 +256,15 @@ def window_means(runs: list[Run], window: int, points: list[int] | None = None) 
 
     The points are those given, or else all multiples of the window. nan where nothing was logged.
     """
-    tables = []
+    rows = []
     for run in runs:
         steps, ends = run.log.index, range(window, run.end, window)
         if points is not None:
             ends = [point for point in points if point < run.end]
-        means = [run.log[(steps > end - window) & (steps <= end)].mean() for end in ends]
-        table = pd.DataFrame(means, columns=[*METRICS])
-        tables.append(table.assign(game=run.game, method=run.method, seed=run.seed, agent_steps=list(ends)))
-    return pd.concat(tables)[CSV_COLUMNS]
+        for end in ends:
+            means = run.log[(steps > end - window) & (steps <= end)].mean()
+            rows.append({"game": run.game, "method": run.method, "seed": run.seed, "agent_steps": end, **means})
+    return pd.DataFrame(rows, columns=CSV_COLUMNS).astype(dict.fromkeys(METRICS, float))
 
 
 def aggregate(values: np.ndarray, statistic: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
