@@ -865,6 +865,7 @@ def main() -> None:
         for _ in range(WARM_UP_ROLLOUTS):
             collect_rollout(envs, act_step, obs, args)
         envs.finished.clear()
+        progress.start = time.time()  # the rate is that of training
     for iteration in range(1, num_iterations + 1):
         start = time.time()
         # 1. Play T steps of N games; row T only bootstraps
