@@ -10,7 +10,7 @@ the reward. What makes it work:
 
 1. three value heads with their own discounts; the intrinsic streams flow on across the ends of episodes;
 2. frames minus their running mean, divided by their running deviation, clamped to ±1;
-3. the distillation loss keeps a random share of the feature elements, which slows the predictor down;
+3. the distillation loss keeps a random share of its elements, 32 / num_envs, which slows the predictor down;
 4. advantages are 2 × extrinsic + 1 × novelty + entropy_coef × entropy, not normalised;
 5. the row that resets an episode is not experience: no loss and no statistic sees it.
 
@@ -214,17 +214,20 @@ def parse_args() -> tuple[Args, dict | None]:
 # ---- Environment ----
 
 MAX_EPISODE_STEPS = 4500  # 18,000 emulator frames
+ROMS = {  # the games in EnvPool's spelling, such as MontezumaRevenge, and their names in ale-py
+    "".join(word.capitalize() for word in rom.split("_")): rom
+    for rom in ale_py.roms.get_all_rom_ids()
+    if rom not in ("combat", "joust", "maze_craze", "warlords")  # which need two players
+}
 
 
 def game_of(args: Args) -> str:
-    """The game's name in EnvPool's spelling, such as MontezumaRevenge; exit status 2 if there is no such game."""
-    roms = set(ale_py.roms.get_all_rom_ids()) - {"combat", "joust", "maze_craze", "warlords"}  # these need two players
-    games = ["".join(word.capitalize() for word in rom.split("_")) for rom in roms]
+    """The game's name, one of ROMS; exit status 2 if there is no such game."""
     match = re.fullmatch(r"(\w+?)NoFrameskip-v4|(?:ALE/)?(\w+)-v5", args.env_id)
     name = match and (match[1] or match[2])
-    if name in games:
+    if name in ROMS:
         return name
-    near = difflib.get_close_matches(name or args.env_id, games) or ["MontezumaRevenge"]
+    near = difflib.get_close_matches(name or args.env_id, ROMS) or ["MontezumaRevenge"]
     near = " or ".join(f"{game}NoFrameskip-v4" for game in near)
     fail(f"--env-id {args.env_id}: no Atari game of that name; did you mean {near}?")
 
@@ -245,8 +248,7 @@ def make_envs(args: Args, seed: int, num_envs: int) -> tuple[Any, np.ndarray, di
         return envs, *envs.reset()
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     options |= dict(max_num_frames_per_episode=4 * MAX_EPISODE_STEPS, reward_clipping=False)
-    rom = re.sub("(?<!^)[A-Z]", r"_\g<0>", game_of(args)).lower()
-    envs = ale_py.vector_env.AtariVectorEnv(rom, **options)
+    envs = ale_py.vector_env.AtariVectorEnv(ROMS[game_of(args)], **options)
     return envs, *envs.reset(seed=seed)
 
 
@@ -317,7 +319,8 @@ class AtariEnvs:
         self.infos[group] = info
         was_reset = self.resets[games].copy()
         self.resets[games] = terminated | truncated  # not where ALE's game goes on after a lost life
-        # EnvPool's own `terminated` includes lost lives, but not a game that is over in its last permitted step.
+        # EnvPool's `terminated` marks lost lives, too, and misses a game over in the last permitted step; info's is
+        # the end of the game itself.
         game_over = info.get("terminated", terminated).astype(bool)
         terminated = terminated | game_over
         if self.watch_lives:
@@ -391,7 +394,7 @@ class Rollout:
     values: Tensor  # (T + 1, N, value heads) float32
     ext_rewards: Tensor  # (T, N) float32, the sign of the game's reward
     terminations: Tensor  # (T, N) bool, the episode ended for good: nothing to bootstrap from
-    dones: Tensor  # (T, N) bool, terminated or truncated
+    dones: Tensor  # (T, N) bool, terminated or truncated by this action (CleanRL's dones[t + 1])
     valid: Tensor  # (T, N) bool, False on reset rows
     valid_inds: Tensor  # (number of valid rows,) int64, into the T × N rows
 
@@ -402,7 +405,7 @@ class Rollout:
 def autocast(args: Args, device: torch.device) -> torch.autocast:
     """bfloat16 for the policy, in rollout and update alike, where the hardware multiplies it fast.
 
-    Never for novelty: an RND reward of 1e-3 comes out up to 60 % wrong in bfloat16, 0.6 % in TF32 (see main).
+    Never for novelty: an RND reward of 1e-3 comes out up to 63 % wrong in bfloat16, 0.6 % in TF32 (see main).
     """
     on_gpu = device.type == "cuda"
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
@@ -442,8 +445,10 @@ def collect_rollout(envs: AtariEnvs, act_step: Callable, obs: Tensor, args: Args
                 actions[t, games], logprobs[t, games] = chosen["actions"], chosen["logprobs"]
                 valid[t, games] = ~envs.resets[games]
                 envs.send(group, chosen["actions"].to("cpu", torch.int32).numpy())
-    played = [np.sign(rewards), terminations, dones, valid, np.flatnonzero(valid)]
-    return Rollout(obs, actions, logprobs, values, *(torch.from_numpy(x).to(device) for x in played))
+    played = dict(ext_rewards=np.sign(rewards), terminations=terminations, dones=dones)
+    played |= dict(valid=valid, valid_inds=np.flatnonzero(valid))
+    on_device = {name: torch.from_numpy(x).to(device) for name, x in played.items()}
+    return Rollout(obs, actions, logprobs, values, **on_device)
 
 
 # ---- Novelty ----
@@ -505,9 +510,9 @@ def intrinsic_rewards(learner: Learner, rollout: Rollout, args: Args) -> Tensor:
 class FeatureRing:
     """The last `size` features of each environment; at an episode's start all of them are the first one.
 
-    Our choice, not the design's: what the encoder learns between rollouts does not count as change, so `begin` moves
-    the ring by as much as the state pushed last. Without that, in Breakout, a picture that stands still was paid
-    for deviations of 0.64 to 0.84, more than play, which has 0.35 to 0.44 where one encoder sees it all.
+    Our choice, not the design's: what the encoder learns between rollouts does not count as change, so `begin` shifts
+    the whole ring by what the new encoder makes of the last state. Without that, in Breakout, a picture that stands
+    still was paid for deviations of 0.64 to 0.84, more than play, which has 0.35 to 0.44 where one encoder sees it all.
     """
 
     def __init__(self, size: int):
@@ -571,7 +576,7 @@ def estimate_advantages(
 ) -> tuple[Tensor, Tensor]:
     """The combined advantages (T, N) and each value head's returns (T, N, heads).
 
-    The game's stream is episodic. The others are not: without ends they flow through reset rows, whose reward is 0.
+    The game's stream is episodic. An intrinsic one is not: without ends it flows through reset rows, whose reward is 0.
     """
     ends = [rollout.terminations, rollout.dones]
     int_ends = [end & args.int_episodic for end in ends]  # by default nowhere True
@@ -580,8 +585,7 @@ def estimate_advantages(
     int_advantages = gae(int_rewards, int_values, *int_ends, args.int_gamma, args.gae_lambda)
     ent_advantages = gae(ent_rewards, ent_values, *int_ends, args.entropy_gamma, args.gae_lambda)
     advantages = args.ext_coef * ext_advantages + args.int_coef * int_advantages + args.entropy_coef * ent_advantages
-    streams = torch.stack([ext_advantages, int_advantages, ent_advantages], dim=-1)
-    return advantages, streams + rollout.values[:-1]
+    return advantages, torch.stack([ext_advantages, int_advantages, ent_advantages], dim=-1) + rollout.values[:-1]
 
 
 def explained_variance(rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args) -> Tensor:
@@ -783,7 +787,7 @@ side_stream = cache(torch.cuda.Stream)  # a second queue of kernels, made once
 
 
 def side_by_side(one: Callable, other: Callable, device: torch.device) -> dict[str, Tensor]:
-    """The named tensors of two calls, on a GPU made at the same time; of recordings only `other` may draw numbers."""
+    """The named tensors of two calls, on a GPU at the same time; of recordings only `other` may draw random numbers."""
     if device.type == "cpu":
         return one() | other()
     main_stream = torch.cuda.current_stream()
@@ -852,8 +856,8 @@ def make_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
     if args.track:
         import wandb
 
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
-        names["id"] = re.sub(r"\W", "-", str(run_dir))
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=args.run_name)
+        names["id"] = re.sub(r"\W", "-", args.run_name)  # which a resumed run keeps
         wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(str(run_dir), purge_step=global_step + 1)
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
@@ -897,23 +901,27 @@ class Progress:
         elif not final and time.time() - self.printed < 30:
             return
         self.printed = time.time()
-        with contextlib.suppress(OSError):  # a terminal or a pipe that has gone must not cost a checkpoint
+        try:
             print(line, end=end, flush=True)
+        except OSError:  # the terminal or `tee` has gone, which must not cost a checkpoint: print nowhere from now on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def catch_stop_signals() -> list[int]:
     """A list that receives the first SIGTERM or Ctrl-C, to look at between iterations; the next one kills at once."""
     caught = []
+    stops = (signal.SIGINT, signal.SIGTERM)
 
     def catch(number: int, _frame: object) -> None:
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for stop in stops:
+            signal.signal(stop, signal.SIG_DFL)
         # os.write, for print may be at work below this handler and cannot be entered twice.
         with contextlib.suppress(OSError):  # Ctrl-C has ended `tee`, too
             os.write(2, b"\nstopping: waiting for this iteration to end, then saving; once more stops at once\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    for stop in stops:
+        signal.signal(stop, catch)
     return caught
 
 
@@ -950,17 +958,21 @@ def main() -> None:
     torch.manual_seed(args.seed + global_step)
     envs = AtariEnvs(args, env_seed, num_groups=3 if device.type == "cuda" else 1)
     learner = Learner(args, envs.num_actions, device)
-    if checkpoint:
-        restore(learner, checkpoint)
-    else:
-        print(f"frame statistics: {args.norm_init_steps} random steps of each game", flush=True)
-        init_obs_stats(learner.obs_stats, args, env_seed)
-    envs.rooms.update(counters["rooms"])
     act_step, policy_step, novelty_step = (
         recorded(partial(function, learner, args), device) for function in (act, train_policy, train_novelty)
     )
     obs = torch.zeros(args.num_steps + 1, args.num_envs, 4, 96, 96, dtype=torch.uint8, device=device)
     ring = FeatureRing(args.entropy_buffer_size)
+    if checkpoint is None:
+        print(f"frame statistics: {args.norm_init_steps} random steps of each game", flush=True)
+        init_obs_stats(learner.obs_stats, args, env_seed)
+    else:
+        restore(learner, checkpoint)
+        print(f"warming up: {WARM_UP_ROLLOUTS} x {args.num_steps} steps of each game without learning", flush=True)
+        for _ in range(WARM_UP_ROLLOUTS):
+            entropy_rewards(learner, collect_rollout(envs, act_step, obs, args), ring, args)
+        envs.rooms = set(counters["rooms"])
+        envs.finished.clear()
     scores, progress = deque(counters["scores"], maxlen=100), Progress(args, global_step)
 
     stop = catch_stop_signals()
@@ -971,12 +983,6 @@ def main() -> None:
     writer = make_writer(run_dir, args, global_step)
     if checkpoint is None:
         save_checkpoint(run_dir, args, learner, counters)
-    else:
-        progress.show("warming up")
-        for _ in range(WARM_UP_ROLLOUTS):
-            collect_rollout(envs, act_step, obs, args)
-        envs.finished.clear()
-        progress.start = time.time()  # the rate is that of training
     for iteration in range(1, num_iterations + 1):
         start = time.time()
         # 1. Play T steps of N games; row T only bootstraps

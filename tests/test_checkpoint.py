@@ -52,26 +52,28 @@ def test_resume_equals_an_uninterrupted_run(script: ModuleType, folder: Path, mo
 def start_new_games(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the second iteration begin with the games, and the memory of the games, of a run resumed there."""
     collect_rollout, iterations = script.collect_rollout, []
+    ring = script.FeatureRing(128) if script.__name__ == ENTROPY else None
 
     def collect(envs: object, act: Callable, obs: torch.Tensor, args: object) -> object:
         iterations.append(envs)
         if len(iterations) == 2:
             new = script.AtariEnvs(args, int(np.random.SeedSequence([args.seed, BATCH]).generate_state(1)[0] >> 2))
-            new.rooms |= envs.rooms
-            vars(envs).update(vars(new))
-            for _ in range(8):  # the warm-up, from which nothing is learned
-                collect_rollout(envs, act, obs, args)
+            vars(envs).update(vars(new) | {"rooms": envs.rooms})
+            for _ in range(8):  # the warm-up: nothing is learned, but what they have seen of these games is remembered
+                rollout = collect_rollout(envs, act, obs, args)
+                if ring:
+                    rewards(act.args[0], rollout, ring, args)
             envs.finished.clear()
         return collect_rollout(envs, act, obs, args)
 
     monkeypatch.setattr(script, "collect_rollout", collect)
-    if script.__name__ == ENTROPY:
+    if ring:
         rewards = script.entropy_rewards
 
-        def forget(learner: object, rollout: object, ring: object, args: object) -> torch.Tensor:
-            return rewards(learner, rollout, script.FeatureRing(ring.size), args)
+        def of_these_games(learner: object, rollout: object, old_ring: object, args: object) -> torch.Tensor:
+            return rewards(learner, rollout, ring if len(iterations) == 2 else old_ring, args)
 
-        monkeypatch.setattr(script, "entropy_rewards", forget)
+        monkeypatch.setattr(script, "entropy_rewards", of_these_games)
 
 
 @pytest.fixture(scope="module")

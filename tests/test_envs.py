@@ -41,6 +41,13 @@ def test_protocol(game: str, backend: str):
         assert record.envs.rooms == set()
 
 
+def test_every_game_has_its_roms():
+    """The names are EnvPool's, and ALE knows the ROM of each."""
+    games = {name.removesuffix("-v5") for name in envpool.list_all_envs() if name.endswith("-v5")}
+    assert set(snd.ROMS) <= games and len(snd.ROMS) == 104
+    ale_py.vector_env.AtariVectorEnv(snd.ROMS["TicTacToe3d"], num_envs=1)
+
+
 @pytest.mark.parametrize("game", GAMES[:7])
 def test_backends_are_identical(monkeypatch: pytest.MonkeyPatch, game: str):
     """Without stickiness and with equal start no-ops: the same frames, rewards, ends and scores, bit by bit.

@@ -17,6 +17,7 @@ from conftest import ENTROPY, ENVIRONMENT, ROOT, SND
 from running import (
     BATCH,
     ENDLESS,
+    PATIENCE,
     RUN,
     assert_whole_curve,
     call_main,
@@ -63,25 +64,47 @@ def test_live_line_and_ctrl_c(folder: Path):
     assert_whole_curve(RUN, last // BATCH)
 
 
-def test_second_ctrl_c_leaves_at_once(folder: Path):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_second_ctrl_c_leaves_at_once(second: signal.Signals, folder: Path):
     """In the middle of an iteration, in which the first was answered; the old checkpoint stays as it is."""
     process = start(SND, flags(1, *ENDLESS, "--num-envs", "1", "--num-steps", "100000"), folder)
     assert any("playing | 0 / 1,000,000,000 steps" in line for line in process.stdout)
     before = (RUN / "checkpoint.pt").read_bytes()
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() + process.stderr.readline() == f"\n{STOPPING}\n"
-    process.send_signal(signal.SIGINT)
-    assert finish(process) == (-signal.SIGINT, "", "")
+    process.send_signal(second)
+    assert finish(process) == (-second, "", "")
     assert (RUN / "checkpoint.pt").read_bytes() == before
 
 
+def test_reader_of_the_output_is_gone(folder: Path):
+    """Ctrl-C ends `tee`, too: the run is saved all the same, and the status is that of a run that was stopped."""
+    process = start(SND, flags(1, *ENDLESS), folder)
+    assert any("playing | 0 / 1,000,000,000 steps" in line for line in process.stdout)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read() == f"\n{STOPPING}\n"
+    assert process.wait(PATIENCE) == 130
+    assert read_checkpoint(RUN)["counters"]["global_step"] >= BATCH
+
+
 def test_ctrl_c_before_training(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """One line, and nothing is left behind."""
+    """One line, and nothing is left behind, or on resuming what was there."""
+    stopped = "ppo_snd_atari: stopped before training began; nothing was written"
+    init_obs_stats = snd.init_obs_stats
     monkeypatch.setattr(snd, "init_obs_stats", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert call_main(snd, flags(1)) == 130
-    assert error_line(capsys) == "ppo_snd_atari: stopped before training began; nothing was written"
+    assert error_line(capsys) == stopped
     assert not list(folder.iterdir())
+
+    monkeypatch.setattr(snd, "init_obs_stats", init_obs_stats)
+    assert call_main(snd, flags(1)) == 0
+    before = sorted((path.name, path.read_bytes()) for path in RUN.iterdir())
+    monkeypatch.setattr(snd, "collect_rollout", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert call_main(snd, resume(2)) == 130
+    assert error_line(capsys) == stopped
+    assert sorted((path.name, path.read_bytes()) for path in RUN.iterdir()) == before
 
 
 # ---- Disks ----
