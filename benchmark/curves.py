@@ -298,7 +298,8 @@ def add_lines(axes: plt.Axes, seeds: pd.DataFrame, name: str, statistic: str, **
         axes.plot(common.index, value, label=f"{name} ({count} seed{'s' * (count > 1)})", **style)
         axes.fill_between(common.index, low, high, color=style["color"], alpha=0.2, linewidth=0)
         rest = seeds[seeds.index >= max(common.index, default=0)]
-        axes.plot(rest, color=style["color"], linewidth=1, alpha=0.8, zorder=1)
+        if len(rest) > 2:  # a single further window is not worth a line
+            axes.plot(rest, color=style["color"], linewidth=1, alpha=0.8, zorder=1)
     return count
 
 
@@ -337,14 +338,16 @@ def draw(
         axes.set_xlim(0, end * (2 if end == options.window else 1.02))  # a single point stands in the middle
         axes.set_xlabel(f"agent steps of 4 frames (each point: the mean of the {window} before it)")
         axes.xaxis.set_major_formatter(EngFormatter())
-        if axes.dataLim.y0 >= 0:
+        if metric == "intrinsic_reward":
+            axes.set_yscale("log")  # it falls by orders of magnitude
+        elif axes.dataLim.y0 >= 0:
             axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         title = f"{STATISTICS[options.statistic][0]} over seeds, band: 95 % bootstrap interval"
         place = dict(loc="outside lower center", ncols=2, frameon=False, handlelength=3, columnspacing=1.5)
         legend = figure.legend(title=title if max(counts) > 1 else None, **place)
-        figure.set_size_inches(7, 4 + 0.11 * len(legend.texts))
+        figure.set_size_inches(6, 3.6 + 0.11 * len(legend.texts))
         save_figure(figure, path)
     plt.close(figure)
     return drawn > 0
