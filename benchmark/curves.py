@@ -298,7 +298,7 @@ def add_lines(axes: plt.Axes, seeds: pd.DataFrame, name: str, statistic: str, **
         axes.plot(common.index, value, label=f"{name} ({count} seed{'s' * (count > 1)})", **style)
         axes.fill_between(common.index, low, high, color=style["color"], alpha=0.2, linewidth=0)
         rest = seeds[seeds.index >= max(common.index, default=0)]
-        if len(rest) > 2:  # a single further window is not worth a line
+        if len(rest) > 2:  # one more window is no line
             axes.plot(rest, color=style["color"], linewidth=1, alpha=0.8, zorder=1)
     return count
 
@@ -339,7 +339,7 @@ def draw(
         axes.set_xlabel(f"agent steps of 4 frames (each point: the mean of the {window} before it)")
         axes.xaxis.set_major_formatter(EngFormatter())
         if metric == "intrinsic_reward":
-            axes.set_yscale("log")  # it falls by orders of magnitude
+            axes.set_yscale("log")
         elif axes.dataLim.y0 >= 0:
             axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
         axes.grid(alpha=0.3)

@@ -41,8 +41,8 @@ def test_protocol(game: str, backend: str):
         assert record.envs.rooms == set()
 
 
-def test_every_game_has_its_roms():
-    """The names are EnvPool's, and ALE knows the ROM of each."""
+def test_names_of_the_games():
+    """They are EnvPool's, and ALE starts the one whose ROM's name does not follow from its capitals."""
     games = {name.removesuffix("-v5") for name in envpool.list_all_envs() if name.endswith("-v5")}
     assert set(snd.ROMS) <= games and len(snd.ROMS) == 104
     ale_py.vector_env.AtariVectorEnv(snd.ROMS["TicTacToe3d"], num_envs=1)
