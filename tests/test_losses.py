@@ -28,7 +28,9 @@ def test_ppo_loss(coefs: tuple[float, float]):
     batch = {"actions": actions, "logprobs": logprobs, "advantages": torch.randn(64), "returns": torch.randn(64, 2)}
     args = make_args(snd, ent_coef=0.1, vf_coef=0.7, clip_coef=0.3, ext_coef=coefs[0], int_coef=coefs[1])
     # A policy that does not look at its frames.
-    loss, losses = snd.ppo_loss(lambda _obs: (logits, values), args, obs=torch.zeros(0), valid=keep, **batch)
+    loss_of = partial(snd.ppo_loss, lambda _obs: (logits, values), args, obs=torch.zeros(0), **batch)
+    loss, losses = loss_of(valid=keep)
+    assert loss_of(valid=torch.zeros_like(keep))[0] == 0  # not 0 / 0
     gradients = torch.autograd.grad(loss, [logits, values])
 
     rows = {name: x[keep] for name, x in batch.items()}
@@ -41,6 +43,7 @@ def test_ppo_loss(coefs: tuple[float, float]):
     expected["clipfrac"] = ((ratio < 0.7) | (ratio > 1.3)).double().mean()
     assert losses.keys() == expected.keys() and 0.05 < losses["clipfrac"] < 0.9
     for name, x in losses.items():
+        assert not x.requires_grad  # which would keep the minibatch and its gradients in memory
         torch.testing.assert_close(x.double(), expected[name].detach().double(), atol=1e-6, rtol=1e-4)
     expected = expected["policy_loss"] + 0.7 * expected["value_loss"] - 0.1 * expected["entropy"]
     torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-5)
@@ -264,6 +267,7 @@ def test_train_novelty(script: ModuleType, monkeypatch: pytest.MonkeyPatch):
     if script.__name__ == RND:
         states = {"obs": frames, "valid": valid, "target_features": before.target(inputs[0])}
     losses = script.train_novelty(learner, args, **states)
+    assert not any(x.requires_grad for x in losses.values())
     with torch.no_grad():
         errors = (before.predictor(inputs[0]) - learner.target(inputs[0]))[valid]
         torch.testing.assert_close(losses["distillation"], errors.square().mean())

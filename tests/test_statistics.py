@@ -51,15 +51,17 @@ def test_update_obs_stats():
 def test_novelty_input(norm_obs: str):
     """The newest frame / 256, minus the mean, divided by the deviation and clamped; older frames do not matter.
 
-    A pixel that never changed gives 0 as long as it stays, and -1 or 1 when it has changed much.
+    A pixel that never changed gives 0 as long as it stays, and -1 or 1 when it has changed much; what it is divided by
+    is no less than one grey level.
     """
     rng = np.random.default_rng(4)
     seen = rng.integers(100, 140, (50, 1, 96, 96)).astype(np.float32) / 256
-    seen[:, 0, 0, :2] = 0.5
+    seen[:, 0, 0, :3] = 0.5
+    seen[::2, 0, 0, 2] += 1 / 256
     stats = snd.RunningMeanStd((1, 96, 96))
     stats.update(torch.from_numpy(seen))
     obs = rng.integers(0, 256, (3, 4, 96, 96), dtype=np.uint8)
-    obs[:, -1, 0, :2] = 128, 0
+    obs[:, -1, 0, :3] = 128, 0, 128
     x = snd.novelty_input(torch.from_numpy(obs), stats, norm_obs)
     expected = obs[:, 3:].astype(np.float64) / 256
     if norm_obs != "none":
