@@ -339,7 +339,7 @@ def draw(
         axes.set_xlabel(f"agent steps of 4 frames (each point: the mean of the {window} before it)")
         axes.xaxis.set_major_formatter(EngFormatter())
         if metric == "intrinsic_reward":
-            axes.set_yscale("log")
+            axes.set_yscale("log")  # it falls by orders of magnitude
         elif axes.dataLim.y0 >= 0:
             axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
         axes.grid(alpha=0.3)
